@@ -1,0 +1,167 @@
+"""Commands that make and run an agent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engrain.cli.sources import Interrupted, Json
+from engrain.errors import InputError
+
+if TYPE_CHECKING:
+    from engrain.task import Task
+    from engrain.workflow import Workflow
+
+AgentPath = Annotated[Path, typer.Argument(help="A directory made by `engrain compile`.")]
+WorkflowPath = Annotated[Path | None, typer.Option("--workflow", help="The tools' code; by default where it was.")]
+
+
+class Target(StrEnum):
+    """What a workflow is compiled to."""
+
+    lora = "lora"
+    full = "full"
+    hypernetwork = "hypernetwork"
+
+
+def compile_(
+    source: Annotated[Path, typer.Argument(help="A workflow, or a .jsonl of trajectories.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The agent directory to make.")],
+    data: Annotated[Path | None, typer.Option(help="Recorded runs; by default made here.")] = None,
+    to: Annotated[Target, typer.Option(help="What to train.")] = Target.lora,
+    base: Annotated[Path | None, typer.Option(help="Another base than the bundled one.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens: the main dial.", min=1)] = None,
+    rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 32,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    longest: Annotated[int, typer.Option(help="Leave out longer trajectories, in tokens.", min=1)] = 8192,
+    keep_tools: Annotated[bool, typer.Option("--keep-tools", help="From logs: keep schemas in the prompt.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of recording and training.")] = 0,
+    with_base: Annotated[bool, typer.Option("--with-base", help="Copy the base into the agent.")] = False,
+    json: Json = False,
+) -> None:
+    """Compile a workflow into weights. Interrupted, the same command goes on."""
+    from engrain.cli import terminal
+
+    if to is Target.hypernetwork:
+        raise InputError("--to hypernetwork is not available yet: this version compiles to lora or full")
+    from engrain.compile import CompileConfig, compile_workflow, work_directory
+
+    chosen = {} if tokens is None else {"tokens": tokens}
+    config = CompileConfig(to=to.value, rank=rank, lr=lr, longest=longest, keep_tools=keep_tools, seed=seed, **chosen)
+    try:
+        with terminal.recording() as on_record:
+            agent = compile_workflow(
+                source,
+                output,
+                config,
+                data=data,
+                base=base,
+                with_base=with_base,
+                say=terminal.note,
+                on_record=on_record,
+            )
+    except KeyboardInterrupt:
+        kept = f"; what is done lies in {work_directory(output)}, the same command goes on from there"
+        raise Interrupted(f"interrupted{kept if work_directory(output).exists() else ''}") from None
+    if json:
+        terminal.print_json(agent.manifest.model_dump(mode="json", exclude={"files"}))
+    else:
+        made = agent.manifest
+        typer.echo(
+            f"{output}: {made.kind} agent of {made.workflow!r}, {made.training['tokens']:,} training tokens, "
+            f"loss {made.training['loss']:.3f}, {made.seconds:.0f} s"
+        )
+
+
+def run(
+    agent: AgentPath,
+    request: Annotated[str | None, typer.Argument(help="What you ask, in words.")] = None,
+    tenant: Annotated[str, typer.Option(help="Whose rules apply.")] = "",
+    task: Annotated[Path | None, typer.Option(help="Tasks to run, .jsonl, in place of a request.")] = None,
+    sample: Annotated[int, typer.Option(help="Run so many tasks that the workflow makes itself.", min=0)] = 0,
+    split: Annotated[str, typer.Option(help="Of which split to sample.")] = "held_out",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1000,
+    trace: Annotated[Path | None, typer.Option(help="Write the trajectories here, .jsonl.")] = None,
+    workflow: WorkflowPath = None,
+    json: Json = False,
+) -> None:
+    """Run tasks live, each step shown as it happens."""
+    from engrain.agent import load_agent
+    from engrain.cli import terminal
+    from engrain.rollout import rollout
+    from engrain.trajectory import write_trajectories
+
+    if (request is not None) + (task is not None) + (sample > 0) != 1:
+        raise InputError("expected one of: a request in words, --task FILE, --sample N")
+    loaded = load_agent(agent)
+    source = attached(loaded.manifest.source, workflow)
+    loaded.check_workflow(source)
+    tasks = list(_tasks(source, request, tenant, task, sample, split, seed))
+    done = []
+    for trajectory in rollout(
+        source,
+        tasks,
+        loaded.policy(parallel=1),
+        parallel=1,
+        on_step=None if json else lambda trajectory, message: terminal.print_step(message),
+    ):
+        done.append(trajectory)
+        if not json:
+            terminal.print_outcome(trajectory)
+    if trace is not None:
+        write_trajectories(trace, done)
+    if json:
+        terminal.print_json([trajectory.model_dump(mode="json", exclude_defaults=True) for trajectory in done])
+
+
+def attached(source: str, workflow: Path | None) -> Workflow:
+    """The workflow's code: an agent holds none."""
+    from engrain.workflow import load_workflow
+
+    path = workflow or Path(source)
+    if path.suffix == ".jsonl" or not path.exists():
+        raise InputError(f"an agent holds no tool code and {path} is no workflow; give its directory with --workflow")
+    return load_workflow(path)
+
+
+def _tasks(
+    workflow: Workflow, request: str | None, tenant: str, file: Path | None, sample: int, split: str, seed: int
+) -> Iterator[Task]:
+    from engrain.task import Task, read_tasks
+
+    if request is not None:
+        workflow.system(tenant, "none")  # an unknown tenant is an error now, not a failed run
+        yield Task(id="request", request=request, tenant=tenant)
+    elif file is not None:
+        yield from read_tasks(file)
+    else:
+        if split not in workflow.splits:
+            raise InputError(f"unknown split {split!r}; {workflow.name!r} has {', '.join(workflow.splits)}")
+        yield from islice(workflow.tasks(split, seed), sample)
+
+
+def adapter(
+    agent: AgentPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT directory to make.")],
+    context: Annotated[Path | None, typer.Option(help="A tenant's profile; needs a hypernetwork.")] = None,
+) -> None:
+    """Export the adapter as a directory that PEFT and vLLM load."""
+    from engrain.agent import load_agent
+    from engrain.files import replacing_directory
+
+    loaded = load_agent(agent)
+    if context is not None:
+        raise InputError("--context needs a hypernetwork, which this version cannot compile yet; leave it out")
+    if loaded.manifest.kind != "lora":
+        raise InputError(f"{agent} is a {loaded.manifest.kind} agent and has no adapter; compile with --to lora")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} already exists and is not empty; choose another name")
+    with replacing_directory(output) as made:
+        shutil.copytree(agent / "adapter", made, dirs_exist_ok=True)
+    typer.echo(f"{output}: rank {loaded.manifest.config['rank']} adapter for {loaded.manifest.base.name}")

@@ -1,0 +1,95 @@
+"""Commands that measure: an agent against its base, and the base itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engrain.cli.agents import AgentPath, WorkflowPath, attached
+from engrain.cli.sources import Json
+from engrain.errors import ModelError
+
+base = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect a base.")
+
+
+def evaluate(
+    agent: AgentPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for report and trajectories.")],
+    arms: Annotated[str, typer.Option(help="base, prompt, lora, full; by default all that there are.")] = "",
+    full: Annotated[Path | None, typer.Option(help="The fully trained agent, for arm full.")] = None,
+    split: Annotated[str, typer.Option(help="Splits of the workflow; by default all but train.")] = "",
+    n: Annotated[int, typer.Option("-n", help="Tasks for each arm and split.", min=1)] = 300,
+    latency: Annotated[int, typer.Option(help="Tasks run one at a time, for seconds a step.", min=0)] = 10,
+    parallel: Annotated[int, typer.Option(help="Tasks at a time.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Steps a task may take.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 1000,
+    data: Annotated[Path | None, typer.Option(help="Measure next calls on these trajectories instead.")] = None,
+    workflow: WorkflowPath = None,
+    json: Json = False,
+) -> None:
+    """Measure arms on splits. A finished arm and split is not run again."""
+    from engrain import evaluate as evaluation
+    from engrain.agent import load_agent
+    from engrain.cli import terminal
+    from engrain.rollout import Budget
+
+    loaded, other = load_agent(agent), load_agent(full) if full else None
+    names = _listed(arms) or evaluation.default_arms(loaded, other)
+    if data is not None:
+        from engrain.nextcall import evaluate_calls
+
+        report = evaluate_calls(loaded, other, names, data, output, n=n, parallel=parallel, say=terminal.note)
+    else:
+        source = attached(loaded.manifest.source, workflow)
+        splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
+        plan = evaluation.Plan(splits, n, latency, seed, parallel, Budget(steps=steps))
+        with terminal.evaluating() as progress:
+            report = evaluation.evaluate(
+                source, evaluation.agent_arms(names, loaded, other, source), plan, output, progress
+            )
+    if json:
+        terminal.print_json(report.to_dict())
+    else:
+        terminal.print_table(report.headings, report.rows(), report.notes())
+        typer.echo(f"written: {output / evaluation.REPORT}, {output / evaluation.TABLE}")
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@base.command("show")
+def show(
+    path: Annotated[Path | None, typer.Argument(help="A base directory; by default the bundled one.")] = None,
+    json: Json = False,
+) -> None:
+    """Parameters, vocabulary, digest and card of a base."""
+    from engrain.agent import bundled_base
+    from engrain.cli import terminal
+
+    path = path or bundled_base()
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such directory; give a base with config.json and *.safetensors")
+    from engrain.compile import licence
+    from engrain.model import load_base, sites
+
+    loaded = load_base(path)
+    facts = {
+        "path": str(path),
+        "digest": loaded.digest,
+        "architecture": type(loaded.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "linear sites": len(sites(loaded.model)),
+        "vocabulary": len(loaded.tokenizer),
+        "licence": licence(path),
+    }
+    if json:
+        terminal.print_json(facts)
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    card = path / "README.md"
+    if card.is_file():
+        typer.echo("\n" + card.read_text(encoding="utf-8"))

@@ -1,0 +1,329 @@
+"""Decoding: the compiled agent as a `Policy`.
+
+Each episode keeps its line in the KV cache from turn to turn: a turn encodes only what its prompt adds to it. All
+episodes of a round decode together, one forward pass a step, and drop out as their turns end. Invariant: a line's
+tokens depend on its own prompt, grammar and seed, never on its neighbours.
+
+What is not covered: recurrent or chunked attention layers, and rotary embeddings whose frequencies change with the
+length (`dynamic`, `longrope`); such bases are refused. Keys and values outside a sliding window are kept in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engrain.adapter import Adapter, merge
+from engrain.constrain import Grammars, choose, draw, forced
+from engrain.errors import EngrainError, ModelError
+from engrain.kv_cache import KVCache, Line, Step, attending, common_prefix
+from engrain.model import adapted
+from engrain.policy import Episode
+from engrain.renderer import Renderer
+from engrain.tool import Tool
+from engrain.trajectory import Message
+from engrain.turn import GREEDY, Completion, Request, Sampling, Turn
+
+SHORTEST_SHARED = 32
+"""Prefixes at least this long are copied from another line rather than encoded."""
+MOST_AT_ONCE = 8192
+"""New tokens in one pass; longer extensions take several."""
+
+
+class Engine:
+    """Decodes many streams with one model. `encoded_tokens` counts tokens that went through the model.
+
+    An `adapter` is merged into a copy of the weights, for speed; with `hooked=True` it runs beside the caller's own
+    weights, which then must not be trained or adapted elsewhere until `close`.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        renderer: Renderer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        adapter: Adapter | None = None,
+        hooked: bool = False,
+        parallel: int = 16,
+        max_context: int = 4096,
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        _require_supported(base_model)
+        self.model, self._adapted = _with_adapter(base_model, adapter, hooked)
+        self._adapted.__enter__()
+        self.model.eval()
+        self.renderer, self.tokenizer, self.sampling = renderer, tokenizer, sampling
+        self.parallel, self.max_context = parallel, max_context
+        self.stops = frozenset(renderer.stop_ids)
+        self.vocabulary = cast(nn.Linear, self.model.get_output_embeddings()).out_features
+        self.grammars = Grammars(tokenizer, self.vocabulary, renderer.stop_ids)
+        self.device = self.model.device
+        self.cache = KVCache(self.device)
+        self.encoded_tokens = self.passes = 0
+        self._clock = 0
+        self._self_check()
+        self.cache = KVCache(self.device)
+        self.encoded_tokens = self.passes = 0
+
+    @torch.inference_mode()
+    def _self_check(self) -> None:
+        """Raises `ModelError` if the cache does not reproduce what the model says without it."""
+        ids = [(7919 * n + 1) % self.vocabulary for n in range(6)]
+        own = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
+        line = self.cache.add_line()
+        self._encode([line], [ids[:4]], [3])
+        error = (self._encode([line], [ids[4:]], [1])[0] - own).abs().max() / own.abs().max()
+        if not error < (1e-3 if own.dtype == torch.float32 else 1e-1):
+            raise ModelError(f"cannot decode with {self.model.config.model_type!r}: expected cached logits equal to "
+                             f"the model's own, got a relative error of {error:.1g}; choose another base")  # fmt: skip
+
+    def close(self) -> None:
+        """Take the hooks of a hooked adapter off the base."""
+        self._adapted.__exit__(None, None, None)
+        self._adapted = nullcontext()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], grammar: str | None = None, max_new: int = 512
+    ) -> list[list[int]]:
+        """Completions of token prompts, without episodes. Stop tokens are included."""
+        requests = [Request(prompt, grammar, max_new, seed=str(number)) for number, prompt in enumerate(prompts)]
+        for request in requests:
+            self.check(request)
+        return [completion.ids for completion in self.decode(requests)]
+
+    @torch.inference_mode()
+    def decode(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete every request, at most `parallel` at a time. Each must pass `check`."""
+        completions: list[Completion] = []
+        for first in range(0, len(requests), self.parallel):
+            completions += self._decode_together(requests[first : first + self.parallel])
+        return completions
+
+    def check(self, request: Request) -> None:
+        """Raises `EngrainError` if the prompt does not fit or the grammar does not compile."""
+        if not 0 < len(request.prompt) < self.max_context:
+            raise EngrainError(f"context full: the prompt has {len(request.prompt)} tokens, expected 1 to "
+                               f"{self.max_context - 1}; raise max_context or shorten the task")  # fmt: skip
+        if request.grammar is not None:
+            self.grammars.matcher(request.grammar)
+
+    def release(self, owner: object) -> None:
+        """The owner's stream is over. Its line is kept for its prefix until another stream needs the place."""
+        for line in self.cache.lines:
+            if line.owner == owner:
+                line.owner = None
+
+    def _decode_together(self, requests: Sequence[Request]) -> list[Completion]:
+        started = time.perf_counter()
+        owners = [object() if request.owner is None else request.owner for request in requests]
+        turns = [self._begin(request, owner, owners) for request, owner in zip(requests, owners, strict=True)]
+        self._share_prefixes(turns)
+        self._encode_long_prompts(turns)
+        active = turns
+        while active:
+            self.cache.to_front([turn.line for turn in active])
+            self._advance(active)
+            for turn in active:
+                if not turn.open and len(turn.logprobs) == len(turn.ids):
+                    turn.seconds = time.perf_counter() - started
+            active = [turn for turn in active if not turn.seconds]
+        for request, owner in zip(requests, owners, strict=True):
+            if request.owner is None:
+                self.release(owner)
+        return [Completion(turn.ids, turn.logprobs, turn.seconds, turn.error) for turn in turns]
+
+    def _begin(self, request: Request, owner: object, owners: Sequence[object]) -> Turn:
+        prompt = list(request.prompt)
+        line = next((line for line in self.cache.lines if line.owner == owner), None)
+        fresh = line is None
+        line = line or self._free_line(prompt, owners)
+        self._clock += 1
+        line.owner, line.used = owner, self._clock
+        # A template that rewrote history: crop. The last token is encoded again if need be: it predicts the first new.
+        del line.ids[min(common_prefix(line.ids, prompt), len(prompt) - 1) :]
+        matcher = self.grammars.matcher(request.grammar) if request.grammar is not None else None
+        limit = min(request.max_new, self.max_context - len(prompt))
+        turn = Turn(prompt, line, matcher, limit, f"{self.sampling.seed}:{request.seed}", fresh)
+        turn.append(forced(matcher), self.stops)
+        return turn
+
+    def _free_line(self, prompt: Sequence[int], owners: Sequence[object]) -> Line:
+        """A line that nobody in this call needs: the one that shares most with the prompt, or else a new one."""
+        lines = self.cache.lines
+        full = len(lines) >= max(self.parallel, len(owners))
+        free = [line for line in lines if line.owner is None]
+        if full and not free:
+            free = [min((line for line in lines if line.owner not in owners), key=lambda line: line.used)]
+        best = max(free, key=lambda line: common_prefix(line.ids, prompt), default=None)
+        if best is not None and (full or not best.ids or common_prefix(best.ids, prompt) >= SHORTEST_SHARED):
+            return best
+        return self.cache.add_line()
+
+    def _share_prefixes(self, turns: Sequence[Turn]) -> None:
+        """Streams that are new and begin alike, with one another or with any line: encode that once, and copy it."""
+        for number, turn in enumerate(turns):
+            if not turn.fresh:
+                continue
+            longest = len(turn.prompt) - 1
+            source = max(self.cache.lines, key=lambda line: common_prefix(line.ids, turn.prompt))
+            shared = min(common_prefix(source.ids, turn.prompt), longest)
+            if shared - len(turn.line.ids) >= SHORTEST_SHARED:
+                self.cache.copy_prefix(source, turn.line, shared)
+            later = (common_prefix(other.prompt, turn.prompt) for other in turns[number + 1 :] if other.fresh)
+            common = min(max(later, default=0), longest)
+            if common - len(turn.line.ids) >= SHORTEST_SHARED:
+                self._encode([turn.line], [turn.prompt[len(turn.line.ids) : common]], [0])
+
+    def _encode_long_prompts(self, turns: Sequence[Turn]) -> None:
+        """Bring the next pass down to `MOST_AT_ONCE` tokens."""
+        pending = sum(len(turn.feed()) for turn in turns)
+        for turn in turns:
+            while pending > MOST_AT_ONCE and (part := turn.prompt[len(turn.line.ids) : -1][:MOST_AT_ONCE]):
+                self._encode([turn.line], [part], [0])
+                pending -= len(part)
+
+    def _advance(self, turns: Sequence[Turn]) -> None:
+        """One pass: encode what each turn lacks, then choose the next token of those that go on."""
+        choosing = [turn for turn in turns if turn.open]
+        allowed = self.grammars.allowed([turn.matcher for turn in choosing], self.device)
+        feeds = [turn.feed() for turn in turns]
+        keep: list[int] = []  # positions in the flat stream whose logits we want ...
+        tokens: list[int] = []  # ... and the token that follows each, where it is known already
+        ends: list[int] = []
+        total = 0
+        for turn, feed in zip(turns, feeds, strict=True):
+            total += len(feed)
+            waiting = turn.ids[len(turn.logprobs) :]
+            keep += range(total - len(waiting) - turn.open, total)
+            tokens += waiting + [0] * turn.open
+            ends.append(len(tokens))
+        logits = self._encode([turn.line for turn in turns], feeds, keep).float()
+        after = torch.tensor(tokens, device=logits.device)
+        if choosing:
+            rows = [end - 1 for turn, end in zip(turns, ends, strict=True) if turn.open]
+            after[rows] = self._choose(logits[rows], allowed, choosing)
+        logprobs = (logits.gather(-1, after[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist()
+        tokens = after.tolist()
+        for turn, start, end in zip(turns, [0, *ends], ends, strict=False):
+            turn.logprobs += logprobs[start:end]
+            if turn.open:
+                self._take(turn, tokens[end - 1])
+
+    def _choose(
+        self, logits: Float[Tensor, "turns vocabulary"], allowed: Bool[Tensor, "turns vocabulary"] | None,
+        turns: Sequence[Turn],
+    ) -> Int[Tensor, " turns"]:  # fmt: skip
+        sampling = self.sampling
+        draws = [draw(turn.seed, len(turn.ids)) for turn in turns] if sampling.temperature > 0 else []
+        return choose(logits, allowed, sampling.temperature, sampling.top_p, draws)
+
+    def _take(self, turn: Turn, token: int) -> None:
+        turn.append([token], self.stops)
+        if turn.open and turn.matcher is not None:
+            turn.matcher.consume_token(token)
+            turn.open = not turn.matcher.is_error()
+            turn.append(forced(turn.matcher), self.stops)
+
+    def _encode(
+        self, lines: Sequence[Line], feeds: Sequence[Sequence[int]], keep: Sequence[int]
+    ) -> Float[Tensor, "kept vocabulary"]:
+        """Extend lines by new tokens in one pass; logits at the kept positions of the flat stream."""
+        step = Step(self.cache, lines, feeds)
+        with attending(self.model.config):
+            logits = self.model(
+                input_ids=step.ids, position_ids=step.positions, use_cache=False, lines_step=step,
+                logits_to_keep=torch.tensor(keep, device=self.device),
+            ).logits[0]  # fmt: skip
+        step.commit()
+        self.passes += 1
+        self.encoded_tokens += sum(step.counts)
+        return logits
+
+
+class CompiledPolicy:
+    """The model as a policy. A turn that does not end in time comes back as text with `error="truncated"`."""
+
+    name = "compiled"
+
+    def __init__(self, engine: Engine, *, constrained: bool = True, max_new: int = 512) -> None:
+        self.engine, self.constrained, self.max_new = engine, constrained, max_new
+        self._grammars: dict[tuple[Tool, ...], str] = {}
+
+    def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
+        requests = [self._request(episode) for episode in episodes]
+        completions = iter(self.engine.decode([request for request in requests if isinstance(request, Request)]))
+        return [
+            self._message(episode, request, next(completions)) if isinstance(request, Request) else request
+            for episode, request in zip(episodes, requests, strict=True)
+        ]
+
+    def finish(self, episode: Episode, /) -> None:
+        self.engine.release(id(episode.trajectory))
+
+    def _request(self, episode: Episode) -> Request | Exception:
+        try:
+            prompt = self.engine.renderer.prompt(episode.trajectory)
+            grammar = self._grammar(episode.tools) if self.constrained else None
+            seed = f"{episode.trajectory.id}:{len(episode.trajectory.messages)}"
+            request = Request(prompt, grammar, self.max_new, id(episode.trajectory), seed)
+            self.engine.check(request)
+        except EngrainError as error:
+            return error
+        return request
+
+    def _grammar(self, tools: tuple[Tool, ...]) -> str:
+        if tools not in self._grammars:
+            self._grammars[tools] = self.engine.renderer.grammar(tools)
+        return self._grammars[tools]
+
+    def _message(self, episode: Episode, request: Request, completion: Completion) -> Message:
+        engine = self.engine
+        if completion.error:
+            text = cast(str, engine.tokenizer.decode(completion.ids))
+            message = Message(role="assistant", content=text, error=completion.error)
+        else:
+            message = engine.renderer.parse(completion.ids)
+        taken = sum(len(turn.tool_calls) for turn in episode.trajectory.messages)
+        calls = [call.model_copy(update={"id": f"call_{taken + n}"}) for n, call in enumerate(message.tool_calls)]
+        recorded = {
+            "tool_calls": calls, "phase": episode.phase.name, "seconds": completion.seconds,
+            "prompt_tokens": len(request.prompt), "token_ids": completion.ids, "logprobs": completion.logprobs,
+        }  # fmt: skip
+        return message.model_copy(update=recorded)
+
+
+def _with_adapter(
+    model: PreTrainedModel, adapter: Adapter | None, hooked: bool
+) -> tuple[PreTrainedModel, AbstractContextManager[Any]]:
+    if adapter is None:
+        return model, nullcontext()
+    if hooked:
+        return model, adapted(model, adapter)
+    model = copy.deepcopy(model)
+    merge(model, adapter)
+    return model, nullcontext()
+
+
+def _require_supported(model: PreTrainedModel) -> None:
+    """Raises `ModelError` for a base whose attention the cache cannot reproduce."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    problem = (
+        f"layers of type {min(kinds)!r}" if kinds
+        else f"rotary embeddings of type {rope!r}" if rope in ("dynamic", "longrope")
+        else "an encoder" if config.is_encoder_decoder
+        else ""
+    )  # fmt: skip
+    if problem:
+        raise ModelError(f"cannot decode with {config.model_type!r}: expected a causal decoder with full or "
+                         f"sliding-window attention, got {problem}; choose another base")  # fmt: skip

@@ -1,0 +1,291 @@
+"""Evaluation: arms x splits -> a table with intervals.
+
+An arm is a policy and the instructions in its prompt. Every arm meets the same tasks, so differences are paired.
+Success comes from batched rollouts; latency from a sample of tasks run one at a time, which batching would blur. A
+finished arm x split lies on disk as trajectories and is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engrain.agent import Agent
+from engrain.errors import InputError
+from engrain.files import replacing
+from engrain.policy import Policy
+from engrain.rollout import Budget, rollout
+from engrain.score import Interval, Score, paired_difference, score, successes
+from engrain.trajectory import Trajectory, read_trajectories, write_trajectories
+from engrain.workflow import Instructions, Workflow
+
+SETTINGS = "settings.json"
+REPORT = "report.json"
+TABLE = "report.md"
+ARMS = ("base", "prompt", "lora", "full")
+Progress = Callable[[str, str, int, int], None]
+"""(arm, split, tasks done, tasks in all)"""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the workflow."""
+
+    name: str
+    instructions: Instructions
+    digest: str
+    """Of what runs: a resumed evaluation must find the same."""
+    policy: Callable[[int], Policy]
+    """Loads it for so many episodes at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    splits: tuple[str, ...]
+    tasks: int = 300
+    latency_tasks: int = 10
+    seed: int = 1000
+    parallel: int = 16
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds a step, decoding and its prompt included, the tool not; one task at a time."""
+
+    mean: float
+    p95: float
+    tasks: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one split."""
+
+    score: Score
+    latency: Latency
+
+
+@dataclass(frozen=True)
+class Report:
+    workflow: str
+    plan: Plan
+    cells: Mapping[str, Mapping[str, Cell]]
+    """By arm, then by split."""
+    differences: Mapping[str, Mapping[str, Interval]]
+    """Success of each compiled arm minus the prompt arm's, paired by task, by arm and split."""
+
+    headings = (
+        "split", "arm", "success % [95%]", "invalid calls %", "steps", "prompt tokens/step", "new tokens/step",
+        "s/step", "tasks",
+    )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                split,
+                arm,
+                cell.score.success.percent(),
+                f"{100 * cell.score.invalid:.1f}",
+                f"{cell.score.steps:.1f}",
+                f"{cell.score.prompt_tokens:.0f}",
+                f"{cell.score.completion_tokens:.0f}",
+                f"{cell.latency.mean:.3f}",
+                str(cell.score.tasks),
+            )
+            for split in self.plan.splits
+            for arm, cells in self.cells.items()
+            for cell in [cells[split]]
+        ]
+
+    def notes(self) -> list[str]:
+        """What the table does not say: paired differences, and why tasks failed."""
+        lines = [
+            f"{arm} minus prompt on {split}: {difference.percent()} points of success, paired by task"
+            for arm, splits in self.differences.items()
+            for split, difference in splits.items()
+        ]
+        return lines + [
+            f"{arm} on {split} failed: " + "; ".join(f"{count} x {reason}" for reason, count in top)
+            for arm, cells in self.cells.items()
+            for split, cell in cells.items()
+            if (top := list(cell.score.failures.items())[:3])
+        ]
+
+
+def agent_arms(names: Sequence[str], agent: Agent, full: Agent | None, workflow: Workflow) -> list[Arm]:
+    """The named arms. `base` and `prompt` run the agent's base without its adapter.
+
+    Raises `InputError` for a name that is unknown or that the given agents cannot fill.
+    """
+    compiled = {one.manifest.kind: one for one in (agent, full) if one is not None}
+    arms = []
+    for name in names:
+        if name not in ARMS:
+            raise InputError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
+        if name in ("base", "prompt"):
+            instructions: Instructions = "full" if name == "prompt" else "none"
+            arms.append(_arm(name, instructions, agent, workflow, compiled=False))
+        elif name in compiled:
+            arms.append(_arm(name, "none", compiled[name], workflow, compiled=True))
+        else:
+            raise InputError(f"no agent for arm {name!r}; compile one with --to {name}, or leave the arm out of --arms")
+    return arms
+
+
+def default_arms(agent: Agent, full: Agent | None) -> list[str]:
+    return ["base", "prompt", *dict.fromkeys(one.manifest.kind for one in (agent, full) if one is not None)]
+
+
+def _arm(name: str, instructions: Instructions, agent: Agent, workflow: Workflow, *, compiled: bool) -> Arm:
+    agent.check_workflow(workflow)
+    digest = agent.digest() if compiled else agent.manifest.base.digest
+    return Arm(name, instructions, digest, partial(agent.policy, compiled=compiled))
+
+
+def evaluate(
+    workflow: Workflow, arms: Sequence[Arm], plan: Plan, out: Path, progress: Progress = lambda *_: None
+) -> Report:
+    """Run what is not yet in `out`, then write `report.json` and `report.md` there."""
+    unknown = [split for split in plan.splits if split not in workflow.splits]
+    if unknown:
+        raise InputError(f"unknown split {unknown[0]!r}; {workflow.name!r} has {', '.join(workflow.splits)}")
+    _claim(out, workflow, arms, plan)
+    cells: dict[str, dict[str, Cell]] = {}
+    outcomes: dict[str, dict[str, dict[str, float]]] = {}
+    runs = _Runs(workflow, plan, out, progress)
+    for arm in arms:
+        policy = cache(partial(arm.policy, plan.parallel))  # not loaded if all that it would run is there
+        for split in plan.splits:
+            many = runs(arm, policy, split)
+            few = runs(arm, policy, split, alone=True)
+            cells.setdefault(arm.name, {})[split] = Cell(score(many, seed=plan.seed), latency(few))
+            outcomes.setdefault(arm.name, {})[split] = successes(many)
+    report = Report(workflow.name, plan, cells, _differences(outcomes, plan))
+    _write(out, report)
+    return report
+
+
+def _claim(out: Path, workflow: Workflow, arms: Sequence[Arm], plan: Plan) -> None:
+    """A directory holds one evaluation; more arms or splits may join it later."""
+    kept = {"workflow": workflow.name, "plan": {**asdict(plan), "splits": []}, "arms": {}}
+    path = out / SETTINGS
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        before = None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); choose another directory with -o") from error
+    known = dict(before["arms"]) if before else {}
+    kept["arms"] = {**known, **{arm.name: arm.digest for arm in arms}}
+    if before is not None and (
+        {**before, "arms": {}} != json.loads(json.dumps({**kept, "arms": {}}))
+        or any(known.get(arm.name, arm.digest) != arm.digest for arm in arms)
+    ):
+        raise InputError(f"{out} holds an evaluation with other settings or agents; choose another directory with -o")
+    with replacing(path) as file:
+        json.dump(kept, file, indent=2)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Trajectories of an arm on a split: from disk, or made and written there."""
+
+    workflow: Workflow
+    plan: Plan
+    out: Path
+    progress: Progress
+
+    def __call__(self, arm: Arm, policy: Callable[[], Policy], split: str, *, alone: bool = False) -> list[Trajectory]:
+        path = self.out / f"{arm.name}.{split}{'.latency' if alone else ''}.jsonl"
+        if path.exists():
+            return list(read_trajectories(path))
+        plan = self.plan
+        count, parallel = (plan.latency_tasks, 1) if alone else (plan.tasks, plan.parallel)
+        label = f"{split} one at a time" if alone else split
+        tasks = islice(self.workflow.tasks(split, plan.seed), count)
+        trajectories: list[Trajectory] = []
+        self.progress(arm.name, label, 0, count)
+        for trajectory in rollout(
+            self.workflow, tasks, policy(), parallel=parallel, budget=plan.budget, instructions=arm.instructions
+        ):
+            trajectories.append(trajectory)
+            self.progress(arm.name, label, len(trajectories), count)
+        write_trajectories(path, trajectories)
+        return trajectories
+
+
+def latency(trajectories: Sequence[Trajectory]) -> Latency:
+    seconds = [
+        message.seconds
+        for trajectory in trajectories
+        for message in trajectory.messages
+        if message.role == "assistant" and message.seconds is not None
+    ]
+    mean, p95 = (float(np.mean(seconds)), float(np.percentile(seconds, 95))) if seconds else (math.nan, math.nan)
+    return Latency(mean, p95, len(trajectories), len(seconds))
+
+
+def _differences(
+    outcomes: Mapping[str, Mapping[str, Mapping[str, float]]], plan: Plan
+) -> dict[str, dict[str, Interval]]:
+    prompt = outcomes.get("prompt")
+    if prompt is None:
+        return {}
+    return {
+        arm: {split: paired_difference(done[split], prompt[split], seed=plan.seed) for split in plan.splits}
+        for arm, done in outcomes.items()
+        if arm not in ("base", "prompt")
+    }
+
+
+def _write(out: Path, report: Report) -> None:
+    write_json(out / REPORT, report.to_dict())
+    plan = report.plan
+    about = (
+        f"{plan.tasks} tasks a split, seed {plan.seed}, greedy decoding. Success: goal check, 95% bootstrap interval "
+        f"over tasks. s/step: mean over {plan.latency_tasks} tasks run one at a time."
+    )
+    with replacing(out / TABLE) as file:
+        file.write(markdown(report.workflow, about, report.headings, report.rows(), report.notes()))
+
+
+def markdown(
+    title: str, about: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+) -> str:
+    """One table with what has to be said about it."""
+    lines = ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
+    return "\n".join([f"# {title}", "", about, "", *lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """NaN is not JSON: it becomes null."""
+    with replacing(path) as file:
+        json.dump(_finite(value), file, indent=2, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """NaN is not JSON."""
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value

@@ -1,0 +1,192 @@
+"""A frozen base: loaded from a local directory, adapted at its linear sites, run over packed streams.
+
+Invariants: a base is read from safetensors and never runs code from its directory; `adapted` leaves the base's weights
+untouched; packed attention over a stream of rows gives what each row gives alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from engrain.adapter import Adapter, lora_delta
+from engrain.batch import Packed
+from engrain.errors import ModelError
+from engrain.files import replacing_directory
+
+PACKED = "engrain_packed"
+"""Name of the packed attention in transformers. It has no mask function there, so no mask is ever built."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A causal language model with its tokenizer. `digest` names its config and weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str = ""
+    path: Path | None = None
+
+
+def load_base(path: Path, dtype: torch.dtype = torch.float32) -> Base:
+    """Load a base from a local directory. Raises `ModelError` if it is missing or malformed."""
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; give a local directory with a base in safetensors")
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(f"{path}: no *.safetensors weights; convert the base to safetensors (pickles are not read)")
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # transformers raises anything from KeyError to SafetensorError on a malformed directory
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ModelError(f"{path}: cannot load the base ({type(error).__name__}: {reason}); check its files") from error
+    wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
+    if wrong:
+        raise ModelError(f"{path}: weights do not fit config.json, first at {wrong[0]}; download or save the base again")
+    return Base(model.eval(), tokenizer, base_digest(path), path)
+
+
+def save_base(base: Base, path: Path) -> str:
+    """Write model and tokenizer as a local directory, whole or not at all; returns its digest."""
+    with replacing_directory(path) as aside:
+        base.model.save_pretrained(aside)
+        base.tokenizer.save_pretrained(aside)
+        return base_digest(aside)
+
+
+def base_digest(path: Path) -> str:
+    """sha256 over the names and contents of config.json and the weights."""
+    total = hashlib.sha256()
+    for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+        with file.open("rb") as content:
+            total.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def sites(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The decoder's linear layers by qualified name, as (d_in, d_out). Not the output head."""
+    head = model.get_output_embeddings()
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+@contextmanager
+def adapted(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Within the block, every forward of the model has the adapter's term added at its sites.
+
+    Run `backward` inside the block too: gradient checkpointing replays the forward.
+    """
+    handles = []
+    try:
+        for site, (a, b) in adapter.factors.items():
+            linear = _linear(model, site, (a.shape[-1], b.shape[-2]))
+            handles.append(linear.register_forward_hook(_adding(a, b, adapter.alpha, adapter.rank)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Within the block, the model uses another attention implementation, such as `PACKED` or `sdpa`."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(implementation)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def packed_hidden(model: PreTrainedModel, batch: Packed) -> Float[Tensor, "tokens d_model"]:
+    """Last hidden states of a packed stream. Call within `attention(model, PACKED)`."""
+    if model.config._attn_implementation != PACKED:
+        raise ValueError("packed_hidden needs `attention(model, PACKED)`: rows would attend to one another")
+    output = model.get_decoder()(
+        input_ids=batch.ids[None], position_ids=batch.position_ids[None], lengths=batch.lengths, use_cache=False
+    )
+    return output.last_hidden_state[0]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads tokens d_head"],
+    key: Float[Tensor, "1 kv_heads tokens d_head"],
+    value: Float[Tensor, "1 kv_heads tokens d_head"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    *,
+    lengths: Sequence[int],
+    **_: Any,
+) -> tuple[Float[Tensor, "1 tokens heads d_head"], None]:
+    """Causal attention within each row of a flat stream. Exact: nothing is padded and nothing crosses rows."""
+    outputs = []
+    for q, k, v in zip(*(states.split(list(lengths), dim=2) for states in (query, key, value)), strict=True):
+        band = _band(q.shape[2], sliding_window, q.device)
+        row = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=band,
+            dropout_p=dropout,
+            is_causal=band is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(row.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _band(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The mask of a row longer than the sliding window: each token sees the last `window` tokens, itself included."""
+    if window is None or tokens <= window:
+        return None
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window)
+
+
+def _linear(model: nn.Module, site: str, shape: tuple[int, int]) -> nn.Linear:
+    try:
+        linear = model.get_submodule(site)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise ModelError(f"the base has no linear layer {site!r}; use the base that the adapter was made for")
+    if (linear.in_features, linear.out_features) != shape:
+        found = (linear.in_features, linear.out_features)
+        raise ModelError(f"at {site!r} the base is {found} and the adapter {shape}; use the adapter's own base")
+    return linear
+
+
+def _adding(a: Tensor, b: Tensor, alpha: float, rank: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + lora_delta(inputs[0], a, b, alpha, rank)
+
+    return hook

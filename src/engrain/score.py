@@ -1,0 +1,156 @@
+"""Scores: what trajectories add up to, with intervals.
+
+Success is the goal check's word. Intervals are percentile bootstraps over *tasks*, seeded, so the same trajectories
+always give the same numbers. An interval of values that are all equal has no width: read it beside the task count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from engrain.trajectory import Message, ToolCall, Trajectory
+
+RESAMPLES = 10_000
+INVALID = frozenset({"bad_arguments", "unknown_tool", "not_allowed"})
+"""Errors of a tool turn that are the caller's fault."""
+UNFINISHED = frozenset({"truncated", "malformed_call"})
+"""Errors of an assistant turn that is no whole turn: it ran out of tokens, or began a call that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def percent(self) -> str:
+        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]".replace("%", "")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One arm on one split."""
+
+    tasks: int
+    success: Interval
+    calls: int
+    invalid: float
+    """Invalid calls and unfinished turns, per call."""
+    steps: float
+    prompt_tokens: float
+    """Tokens in the context when a step was decoded, mean over steps."""
+    completion_tokens: float
+    failures: dict[str, int]
+    """Failed tasks by reason, most frequent first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bootstrap(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean of `values` with the 2.5th and 97.5th percentile of the means of resamples; NaN when empty."""
+    return bootstrap_ratio(values, [1.0] * len(values), resamples=resamples, seed=seed)
+
+
+def bootstrap_ratio(
+    parts: Sequence[float], wholes: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The same for sum(parts) / sum(wholes) of units that are resampled whole, such as the turns of a dialogue."""
+    if not sum(wholes):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    part, whole = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
+    random = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // len(part))  # bounds the memory of the index matrix
+    ratios = []
+    for start in range(0, resamples, block):
+        chosen = random.integers(len(part), size=(min(block, resamples - start), len(part)))
+        ratios.append(part[chosen].sum(axis=1) / np.maximum(whole[chosen].sum(axis=1), 1e-9))
+    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
+    return Interval(float(part.sum() / whole.sum()), float(low), float(high))
+
+
+def paired_difference(first: Mapping[str, float], second: Mapping[str, float], *, seed: int = 0) -> Interval:
+    """`first` minus `second` on the tasks that both have, resampled task by task."""
+    shared = [task for task in first if task in second]
+    return bootstrap([first[task] - second[task] for task in shared], seed=seed)
+
+
+def succeeded(trajectory: Trajectory) -> bool:
+    return trajectory.outcome is not None and trajectory.outcome.success
+
+
+def successes(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """1.0 or 0.0 by task id."""
+    return {trajectory.task: float(succeeded(trajectory)) for trajectory in trajectories}
+
+
+def reason(trajectory: Trajectory) -> str:
+    """Why a trajectory failed, short enough to count by."""
+    if trajectory.outcome is None:
+        return "no outcome"
+    if trajectory.outcome.reason:
+        return trajectory.outcome.reason.splitlines()[0][:120]
+    return ", ".join(name for name, passed in trajectory.outcome.checks.items() if not passed) or "goal not reached"
+
+
+def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
+    """Everything about one arm on one split except its latency, which batching would blur."""
+    turns = [message for trajectory in trajectories for message in trajectory.messages]
+    steps = [turn for turn in turns if turn.role == "assistant"]
+    calls = sum(len(turn.tool_calls) for turn in steps)
+    faulty = sum(turn.role == "tool" and turn.error in INVALID for turn in turns)
+    unfinished = sum(turn.error in UNFINISHED for turn in steps)
+    failures = Counter(reason(trajectory) for trajectory in trajectories if not succeeded(trajectory))
+    return Score(
+        tasks=len(trajectories),
+        success=bootstrap([float(succeeded(trajectory)) for trajectory in trajectories], seed=seed),
+        calls=calls,
+        invalid=(faulty + unfinished) / max(1, calls + unfinished),
+        steps=len(steps) / max(1, len(trajectories)),
+        prompt_tokens=_mean(turn.prompt_tokens for turn in steps),
+        completion_tokens=_mean(len(turn.token_ids) for turn in steps if turn.token_ids is not None),
+        failures=dict(failures.most_common()),
+    )
+
+
+def same_call(expected: ToolCall, got: ToolCall) -> bool:
+    """Same method, and every argument equal as a JSON value (so `1` equals `1.0` but neither `"1"` nor `true`)."""
+    return expected.name == got.name and _canonical(expected.arguments) == _canonical(got.arguments)
+
+
+def matches(expected: Message, got: Message) -> bool:
+    """Whether a turn makes exactly the expected calls, in order."""
+    pairs = zip(expected.tool_calls, got.tool_calls, strict=False)
+    return len(expected.tool_calls) == len(got.tool_calls) and all(same_call(*pair) for pair in pairs)
+
+
+def _canonical(arguments: str) -> str:
+    try:
+        return json.dumps(_numbers(json.loads(arguments or "{}")), sort_keys=True)
+    except json.JSONDecodeError:
+        return f"not JSON: {arguments}"
+
+
+def _numbers(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _numbers(item) for key, item in value.items()}
+        case list():
+            return [_numbers(item) for item in value]
+        case float() if value.is_integer():
+            return int(value)
+        case _:
+            return value
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")

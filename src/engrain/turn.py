@@ -1,0 +1,87 @@
+"""One turn being decoded: its stream is `prompt + ids`, of which a line of the KV cache has encoded a prefix.
+
+Invariant: every token of `ids` either was forced by the grammar or was chosen from a pass's logits, and each gets its
+log-probability from the pass that encodes the token before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llguidance import LLMatcher
+
+from engrain.kv_cache import Line
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedy at temperature 0, else from the nucleus that holds `top_p`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A turn to decode. Requests with the same `owner` continue one line; `None` keeps nothing afterwards."""
+
+    prompt: Sequence[int]
+    grammar: str | None = None
+    max_new: int = 512
+    owner: object = None
+    seed: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    ids: list[int]
+    """Ends with the stop token, unless there is an error."""
+    logprobs: list[float]
+    """Under the model's *unmasked* distribution: how likely it found each token before the grammar had its say."""
+    seconds: float
+    """Wall-clock time from the start of the call, whatever else was decoded beside it."""
+    error: str = ""
+    """`truncated` where `max_new` or the context ran out, `grammar` where llguidance gave up."""
+
+
+@dataclass(eq=False)
+class Turn:
+    """A request under way: its stream is `prompt + ids`, of which the line has encoded a prefix."""
+
+    prompt: list[int]
+    line: Line
+    matcher: LLMatcher | None
+    limit: int
+    seed: str
+    fresh: bool
+    """Whether the line is new to this stream."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+    open: bool = True
+    """Whether the model is still to choose tokens; a closed turn may still wait for log-probabilities."""
+    seconds: float = 0.0
+
+    @property
+    def error(self) -> str:
+        if self.matcher is not None and self.matcher.is_error():
+            return "grammar"
+        return "" if self.stopped else "truncated"
+
+    def append(self, tokens: Sequence[int], stops: frozenset[int]) -> None:
+        for token in tokens:
+            if self.open:
+                self.ids.append(token)
+                self.stopped = token in stops
+                self.open = not self.stopped and len(self.ids) < self.limit
+
+    def feed(self) -> list[int]:
+        """Tokens to encode now: all that the line lacks, but not the last one of a closed turn: it predicts nothing."""
+        stream = self.ids if self.open else self.ids[:-1]
+        known = len(self.line.ids) - len(self.prompt)
+        return self.prompt[known:] + stream if known < 0 else stream[known:]

@@ -1,0 +1,124 @@
+"""`Workflow`: the source that Engrain compiles.
+
+A Python module with a `workflow` object: tools, phases, tenants, and the functions that make tasks, open their state,
+teach and check. The phase of a step is a pure function of the messages so far, shared by teacher and runtime, so what
+is allowed at a step never depends on the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engrain.context import Section, read_section
+from engrain.errors import WorkflowError
+from engrain.task import Task
+from engrain.tool import Tool
+from engrain.trajectory import Message, Outcome
+
+Instructions = Literal["none", "full"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the workflow with its own instructions and the tools allowed in it."""
+
+    name: str
+    instructions: str
+    tools: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Workflow:
+    name: str
+    description: str
+    """One line; all the instruction a compiled agent is given, beside the tenant's name."""
+    procedure: str
+    """The whole procedure in words: what an uncompiled agent needs in its prompt."""
+    phases: tuple[Phase, ...]
+    tools: tuple[Tool, ...]
+    tenants: Mapping[str, Section]
+    phase_of: Callable[[Sequence[Message]], str]
+    """Which phase the next assistant turn is in, from the messages so far."""
+    tasks: Callable[[str, int], Iterator[Task]]
+    """(split, seed) -> tasks without end."""
+    splits: tuple[str, ...]
+    open: Callable[[Task], Any]
+    """A fresh state for one task; `close()` is called on it if it has one."""
+    teacher: Callable[[Task, Sequence[Message]], Message]
+    """The right next turn from any state, also one that a student wandered into."""
+    check: Callable[[Task, Any, Sequence[Message]], Outcome]
+    """Whether the final state is the goal and nothing forbidden happened."""
+
+    def __post_init__(self) -> None:
+        known = {tool.name for tool in self.tools}
+        for phase in self.phases:
+            if unknown := set(phase.tools) - known:
+                raise WorkflowError(
+                    f"phase {phase.name!r} allows {sorted(unknown)}, which are not tools; tools are {sorted(known)}"
+                )
+
+    def phase(self, messages: Sequence[Message]) -> Phase:
+        name = self.phase_of(messages)
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise WorkflowError(f"phase_of returned {name!r}; phases are {[phase.name for phase in self.phases]}")
+
+    def tool(self, name: str) -> Tool | None:
+        return next((tool for tool in self.tools if tool.name == name), None)
+
+    def system(self, tenant: str, instructions: Instructions) -> str:
+        """The system prompt: one line for a compiled agent, the whole procedure and profile with `full`.
+
+        Raises `WorkflowError` for an unknown tenant.
+        """
+        if tenant and tenant not in self.tenants:
+            raise WorkflowError(f"unknown tenant {tenant!r}; this workflow has {sorted(self.tenants)}")
+        line = f"{self.description} Tenant: {tenant}." if tenant else self.description
+        if instructions == "none":
+            return line
+        parts = [line, self.procedure]
+        parts += [f"Phase {phase.name}: {phase.instructions}" for phase in self.phases]
+        if tenant:
+            parts.append(f"Rules of {tenant}:\n{self.tenants[tenant].markdown()}")
+        return "\n\n".join(parts)
+
+    def schemas(self, instructions: Instructions) -> str:
+        """JSON text of the tool schemas to put in the prompt: none for a compiled agent."""
+        return json.dumps([tool.schema() for tool in self.tools] if instructions == "full" else [], ensure_ascii=False)
+
+
+def read_tenants(directory: Path) -> dict[str, Section]:
+    """Every `*.md` of a directory as a tenant profile, by name."""
+    sections = [read_section(path) for path in sorted(directory.glob("*.md"))]
+    return {section.name: section for section in sections}
+
+
+def load_workflow(path: Path) -> Workflow:
+    """The `workflow` object of `DIR/workflow.py` or of a Python file. Raises `WorkflowError`."""
+    file = path / "workflow.py" if path.is_dir() else path
+    if not file.is_file():
+        raise WorkflowError(f"{path}: no workflow.py there; make one with `engrain new {path}`")
+    name = f"engrain_workflow_{file.resolve().parent.name}"
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.resolve().parent)])
+    if spec is None or spec.loader is None:
+        raise WorkflowError(f"{file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except WorkflowError:
+        raise
+    except Exception as error:
+        where = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        raise WorkflowError(f"{file}: {where}{type(error).__name__}: {error}") from error
+    workflow = getattr(module, "workflow", None)
+    if not isinstance(workflow, Workflow):
+        raise WorkflowError(f"{file}: expected a module-level `workflow = Workflow(...)`, got {type(workflow).__name__}")
+    return workflow

@@ -1,0 +1,79 @@
+"""One thread, no network, the same examples every time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+
+settings.register_profile(
+    "engrain", derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("engrain")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory: a random Llama of two layers with the bundled base's chat template."""
+    import torch
+    from templates import tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from engrain.model import Base, save_base
+
+    words = tokenizer("chatml")
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=words.convert_tokens_to_ids("<|im_end|>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    path = tmp_path_factory.mktemp("base") / "tiny"
+    save_base(Base(model, words), path)
+    (path / "README.md").write_text("---\nlicense: apache-2.0\n---\nA random model.\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workflow that `engrain new` makes."""
+    from engrain.cli import invoke
+
+    path = tmp_path_factory.mktemp("workflow") / "library"
+    assert invoke(["new", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def runs(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty runs of the library's teacher."""
+    from engrain.policy import ScriptTeacher
+    from engrain.record import record
+    from engrain.workflow import load_workflow
+
+    path = tmp_path_factory.mktemp("runs") / "runs.jsonl"
+    workflow = load_workflow(library)
+    record(workflow, ScriptTeacher(workflow), workflow.tasks("train", 0), path, 40)
+    return path
+
+
+@pytest.fixture(scope="session")
+def agent(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library compiled on the tiny base, hardly trained."""
+    from engrain.compile import CompileConfig, compile_workflow
+
+    out = tmp_path_factory.mktemp("agent") / "agent"
+    compile_workflow(library, out, CompileConfig(tokens=4000, rank=4, batch_tokens=1024), data=runs, base=tiny_base)
+    return out

@@ -1,0 +1,96 @@
+"""Intervals cover, pairs cancel what tasks share, calls match by value."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engrain.score import bootstrap, matches, paired_difference, same_call, score, successes
+from engrain.trajectory import Message, Outcome, ToolCall, Trajectory
+
+
+def run(task: str, success: bool, *turns: Message, reason: str = "") -> Trajectory:
+    return Trajectory(id=task, task=task, messages=list(turns), outcome=Outcome(success=success, reason=reason))
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=40))
+def test_interval_brackets_the_mean_and_repeats(values: list[float]) -> None:
+    first, again = bootstrap(values, resamples=400), bootstrap(values, resamples=400)
+    assert first == again
+    assert min(values) - 1e-9 <= first.low <= first.high <= max(values) + 1e-9
+    assert first.mean == pytest.approx(np.mean(values))
+
+
+def test_interval_has_the_width_that_theory_gives() -> None:
+    interval = bootstrap([1.0] * 150 + [0.0] * 150)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 300), rel=0.05)
+
+
+def test_interval_is_the_same_in_blocks() -> None:
+    """More values than fit one block of indices."""
+    values = list(np.random.default_rng(1).normal(size=5000))
+    interval = bootstrap(values, resamples=1000)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 / math.sqrt(5000), rel=0.1)
+
+
+def test_no_values_is_not_zero() -> None:
+    assert math.isnan(bootstrap([]).mean)
+
+
+def test_pairs_cancel_the_difficulty_that_tasks_share() -> None:
+    hard = {f"t{i}": float(i % 2) for i in range(100)}
+    assert paired_difference(hard, hard) == bootstrap([0.0])
+    better = {**hard, "t0": 1.0, "only here": 1.0}
+    assert paired_difference(better, hard).mean == pytest.approx(0.01)
+
+
+def test_score_counts_calls_steps_and_reasons() -> None:
+    call = ToolCall(id="call_0", name="look", arguments="{}")
+    step = Message(role="assistant", tool_calls=[call], token_ids=[1, 2, 3], prompt_tokens=10)
+    refused = Message(role="tool", name="look", error="not_allowed")
+    failed = Message(role="tool", name="look", error="timeout")
+    answer = Message(role="assistant", content="done", token_ids=[1], prompt_tokens=30)
+    cut = Message(role="assistant", error="truncated", token_ids=[1, 2], prompt_tokens=20)
+    result = score(
+        [
+            run("a", True, step, failed, answer),
+            run("b", False, step, refused, answer, reason="budget: steps"),
+            run("c", False, cut, reason="budget: steps"),
+        ]
+    )
+    assert (result.tasks, result.calls, result.steps) == (3, 2, 5 / 3)
+    assert result.invalid == pytest.approx(2 / 3)  # a tool's own failure is not an invalid call
+    assert (result.prompt_tokens, result.completion_tokens) == (20, 2)
+    assert result.failures == {"budget: steps": 2}
+    assert result.success.mean == pytest.approx(1 / 3)
+    assert successes([run("a", True), run("b", False)]) == {"a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "equal"),
+    [
+        ('{"a": 1, "b": "x"}', True),
+        ('{"b":"x","a":1.0}', True),
+        ('{"a": "1", "b": "x"}', False),
+        ('{"a": true, "b": "x"}', False),
+        ('{"a": 1}', False),
+        ('{"a": 1, "b": "x", "c": null}', False),
+        ('{"a": 1, "b"', False),
+    ],
+)
+def test_calls_match_by_value(arguments: str, equal: bool) -> None:
+    expected = ToolCall(id="call_0", name="f", arguments='{"a": 1, "b": "x"}')
+    assert same_call(expected, ToolCall(id="other", name="f", arguments=arguments)) is equal
+    assert not same_call(expected, ToolCall(id="call_0", name="g", arguments=expected.arguments))
+
+
+def test_a_turn_matches_only_with_all_its_calls_in_order() -> None:
+    first, second = (ToolCall(id=name, name=name) for name in "fg")
+    expected = Message(role="assistant", tool_calls=[first, second])
+    assert matches(expected, expected)
+    assert not matches(expected, Message(role="assistant", tool_calls=[second, first]))
+    assert not matches(expected, Message(role="assistant", tool_calls=[first]))

@@ -1,0 +1,184 @@
+"""The example workflow: its teacher and its goal check were written apart and must agree; the check must also bite."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from engrain.errors import WorkflowError
+from engrain.policy import Episode, ScriptTeacher
+from engrain.rollout import rollout
+from engrain.task import Task
+from engrain.trajectory import Message, ToolCall
+from engrain.workflow import load_workflow
+
+DESK = load_workflow(Path(__file__).parents[1] / "examples" / "support_desk")
+
+from engrain_workflow_support_desk import requests, rules, teacher  # noqa: E402  (imported by load_workflow)
+from engrain_workflow_support_desk import tasks as generator  # noqa: E402
+
+
+def run(tasks: list[Task], policy=None):
+    return list(rollout(DESK, tasks, policy or ScriptTeacher(DESK), parallel=1))
+
+
+def draw(split: str, count: int, seed: int = 5) -> list[Task]:
+    return list(islice(DESK.tasks(split, seed), count))
+
+
+def test_size_of_the_workflow():
+    assert len(DESK.tools) == 15 and len(DESK.phases) == 4
+    assert len(requests.KINDS) >= 30 and set(requests.HELD_OUT) == set(requests.PHRASES)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out", "wording", "faults", "long20", "unseen"])
+def test_teacher_reaches_every_goal(split):
+    for trajectory in run(draw(split, 8 if split == "long20" else 60)):
+        assert trajectory.outcome is not None and trajectory.outcome.success, trajectory.outcome
+        assert not any(message.error in ("not_allowed", "bad_arguments") for message in trajectory.messages)
+
+
+def test_long_tasks_are_as_long_as_they_say():
+    for split, steps in (("long20", 20), ("long40", 40)):
+        assert all(steps <= trajectory.steps <= steps + 3 for trajectory in run(draw(split, 3)))
+
+
+def test_tasks_are_seeded_and_never_share_a_seed():
+    assert draw("held_out", 5) == draw("held_out", 5) != draw("held_out", 5, seed=6)
+    assert not {task.request for task in draw("train", 200)} & {task.request for task in draw("held_out", 200)}
+
+
+def test_held_out_wording_is_never_trained():
+    rng = random.Random(0)
+    trained = {requests.vary(phrase, rng) for phrases in requests.PHRASES.values() for phrase in phrases for _ in range(40)}
+    assert not trained & {phrase for phrases in requests.HELD_OUT.values() for phrase in phrases}
+    openings = {*requests.OPENINGS}
+    assert all(not any(task.request.startswith(opening.split("{")[0]) for opening in openings if opening[0] != "{")
+               for task in draw("wording", 50))
+
+
+class Meddling:
+    """The teacher, with one extra call slipped in before its answer."""
+
+    def __init__(self, call: ToolCall) -> None:
+        self.call, self.teacher = call, ScriptTeacher(DESK)
+
+    def __call__(self, episodes: list[Episode]) -> list[Message]:
+        turns = []
+        for episode, turn in zip(episodes, self.teacher(episodes), strict=True):
+            done = any(call.id == self.call.id for message in episode.trajectory.messages for call in message.tool_calls)
+            turns.append(turn if turn.tool_calls or done else Message(role="assistant", tool_calls=[self.call]))
+        return turns
+
+    def finish(self, episode: Episode) -> None:
+        self.teacher.finish(episode)
+
+
+def test_a_forbidden_side_effect_fails_the_goal_check():
+    meddling = Meddling(ToolCall(id="extra", name="escalate", arguments='{"category": "press", "team": "care"}'))
+    for trajectory in run(draw("held_out", 20), meddling):
+        assert trajectory.outcome is not None and not trajectory.outcome.success
+        assert not trajectory.outcome.checks["nothing forbidden"]
+
+
+class Lazy(ScriptTeacher):
+    """Answers as the teacher would have, without doing anything that changes the store."""
+
+    def __call__(self, episodes):
+        lines = [teacher_answer(episode.task) for episode in episodes]
+        return [Message(role="assistant", content=line) for line in lines]
+
+
+def teacher_answer(task: Task) -> str:
+    return run([task])[0].messages[-1].content
+
+
+def test_a_right_answer_without_the_work_fails_the_goal_check():
+    tasks = [task for task in draw("train", 60) if not task.faults]
+    wrote = [trajectory for trajectory in run(tasks) if any(
+        call.name in {function.__name__ for function in DESK_WRITES} for m in trajectory.messages for call in m.tool_calls)]
+    lazy = {trajectory.task: trajectory.outcome for trajectory in run(tasks, Lazy(DESK))}
+    assert wrote and not any(lazy[trajectory.task].success for trajectory in wrote)
+
+
+DESK_WRITES = __import__("engrain_workflow_support_desk.store", fromlist=["WRITES"]).WRITES
+
+
+def test_teacher_goes_on_rightly_from_a_state_that_a_student_wandered_into():
+    """Prefixes with a needless read in them: the teacher still reaches the goal."""
+    needless = ToolCall(id="extra", name="check_stock", arguments='{"sku": "S000"}')
+
+    class Wandering(Meddling):
+        def __call__(self, episodes):
+            turns = self.teacher(episodes)
+            for index, episode in enumerate(episodes):
+                if sum(message.role == "assistant" for message in episode.trajectory.messages) == 1:
+                    turns[index] = Message(role="assistant", tool_calls=[needless])
+            return turns
+
+    results = run(draw("held_out", 40), Wandering(needless))
+    assert all(trajectory.outcome and trajectory.outcome.success for trajectory in results)
+
+
+def test_every_kind_of_fault_and_recovery_occurs():
+    faults = [fault for task in draw("faults", 400) for fault in task.faults]
+    assert {fault.kind for fault in faults} == {
+        "timeout", "http_429", "http_500", "missing_record", "renamed_field", "partial_result"}
+    assert {fault.recovery for fault in faults} == {"normal", "ignorable", "fatal"}
+
+
+def test_rare_exceptions_are_rare():
+    tasks = draw("train", 1500)
+    rows = [(task, row) for task in tasks for row in task.start.get("payments", [])]
+    share = sum(row["method"] == task.goal["rules"]["method"] for task, row in rows) / len(rows)
+    assert 0.02 < share < 0.09
+
+
+def test_profiles_are_read_as_they_were_written():
+    rng = random.Random(3)
+    for _ in range(200):
+        drawn = rules.draw(rng)
+        assert rules.parse(rules.write(drawn, rng)) == drawn
+
+
+def test_an_edited_rule_changes_what_is_right():
+    drawn = rules.draw(random.Random(1))
+    lines = rules.write(drawn, random.Random(1))
+    edited = [line.replace(drawn.version, "v1" if drawn.version != "v1" else "v2") for line in lines]
+    assert rules.parse(edited).version != drawn.version
+
+
+def test_a_profile_with_a_gap_or_a_stray_line_is_refused():
+    lines = rules.write(rules.draw(random.Random(1)), random.Random(1))
+    with pytest.raises(WorkflowError, match="says nothing about"):
+        rules.parse(lines[1:])
+    with pytest.raises(WorkflowError, match="no rule reads"):
+        rules.parse([*lines, "Be nice."])
+
+
+def test_every_tenant_has_its_own_rules_and_two_are_held_out():
+    parsed = {name: rules.parse(tenant.rules) for name, tenant in DESK.tenants.items()}
+    assert len({repr(each) for each in parsed.values()}) == len(parsed) == 8
+    held_out = {name for name, tenant in DESK.tenants.items() if tenant.settings["split"] == "held_out"}
+    assert len(held_out) == 2
+    assert not held_out & {task.tenant for task in draw("train", 100)}
+    assert held_out == {task.tenant for task in draw("unseen", 20)}
+
+
+def test_kinds_are_all_drawn():
+    kinds = Counter(item["kind"] for task in draw("train", 500) for item in task.goal["items"])
+    assert set(kinds) == set(requests.KINDS)
+
+
+def test_a_tool_that_keeps_failing_is_tried_three_times():
+    task = next(task for task in draw("faults", 300) if any(fault.recovery == "fatal" and fault.times == 3
+                                                            for fault in task.faults))
+    fault = next(fault for fault in task.faults if fault.recovery == "fatal")
+    [trajectory] = run([task])
+    failed = [message for message in trajectory.messages if message.error == fault.kind and message.name == fault.tool]
+    assert len(failed) == teacher.ATTEMPTS
+    assert generator.steps_of(task.model_copy(update={"faults": ()})) > 0
