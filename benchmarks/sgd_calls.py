@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from engrain.agent import MANIFEST, load_agent
@@ -122,7 +123,7 @@ class Decoded:
     seconds: float
 
 
-def decode(arm: Arm, turns: Sequence[Turn], *, parallel: int, max_new: int, max_context: int, progress: Console) -> Decoded:
+def decode(arm: Arm, turns: Sequence[Turn], *, parallel: int, max_new: int, max_context: int) -> Decoded:
     """One turn of the model for each gold turn. A prompt that does not fit the context gives an empty turn."""
     base, renderer = arm.load(), arm.renderer()
     limit = min(max_context, getattr(base.model.config, "max_position_embeddings", max_context))
@@ -137,13 +138,13 @@ def decode(arm: Arm, turns: Sequence[Turn], *, parallel: int, max_new: int, max_
     got = [Message(role="assistant", error="overlong") for _ in turns]
     generated = 0
     order = sorted(requests, key=lambda number: len(requests[number].prompt))
-    for first in range(0, len(order), parallel):
+    batches = range(0, len(order), parallel)
+    for first in track(batches, arm.name, console=Console(stderr=True)):
         batch = order[first : first + parallel]
         for number, completion in zip(batch, engine.decode([requests[number] for number in batch]), strict=True):
             generated += len(completion.ids)
             got[number] = renderer.parse(completion.ids) if not completion.error else Message(
                 role="assistant", error=completion.error)
-        progress.print(f"{arm.name}: {first + len(batch)}/{len(order)} turns", end="\r")
     engine.close()
     prompt_tokens = sum(len(request.prompt) for request in requests.values())
     return Decoded(got, prompt_tokens, generated, len(turns) - len(requests), time.perf_counter() - started)
@@ -199,10 +200,13 @@ def _shown(message: Message) -> str:
 
 
 def table(report: dict[str, Any]) -> Table:
-    made = Table(title=f"SGD dev, seen services: {report['calls']} call turns of {report['dialogues']} dialogues, "
-                       f"{report['answers']} answer turns (%, 95% intervals over dialogues)")
-    for heading in ("arm", "exact call", "method", *SOURCES, "calls where an answer is due", "prompt tokens", "seconds"):
-        made.add_column(heading, justify="left" if heading == "arm" else "right")
+    made = Table(
+        title=f"SGD dev, seen services: {report['calls']} call turns of {report['dialogues']} dialogues",
+        caption=f"Percent with 95% intervals over dialogues. Arguments by where they can be read. False calls: on "
+                f"{report['answers']} turns where an answer is due. Prompt: mean tokens.",
+    )
+    for heading in ("arm", "exact", "method", "categ.", "uttered", "result", "canon.", "false calls", "prompt", "s"):
+        made.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for name, one in report["arms"].items():
         made.add_row(name, Interval(**one["exact"]).percent(), Interval(**one["method"]).percent(),
                      *(f"{one['arguments'][kind]['accuracy'] * 100:.1f}" for kind in SOURCES),
@@ -226,13 +230,14 @@ def main(
     results: Annotated[int, typer.Option(help="Rows that a tool result keeps; as in training.")] = 1,
     seed: int = 0,
     parallel: int = 16,
-    max_new: int = 192,
+    threads: Annotated[int, typer.Option(help="More than one rarely helps a small base.")] = 1,
+    max_new: int = 160,
     max_context: int = 4096,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the report as JSON.")] = None,
 ) -> None:
     """Score the arms on the same turns."""
-    console = Console(stderr=True)
     torch.set_grad_enabled(False)
+    torch.set_num_threads(threads)
     dialogues = seen_dialogues(data, train_schema or data.parent / "train" / "schema.json", results)
     turns = [turn for one in dialogues for turn in gold_turns(one)]
     draw = random.Random(seed)
@@ -249,7 +254,7 @@ def main(
     for name in arms.split(","):
         if name in available:
             decoded = decode(available[name], [*chosen, *others], parallel=parallel, max_new=max_new,
-                             max_context=max_context, progress=console)
+                             max_context=max_context)
             report["arms"][name] = measure(chosen, others, decoded)
     measured = {name: one.pop("hits") for name, one in report["arms"].items()}
     if {"base", "compiled"} <= measured.keys():
@@ -258,7 +263,8 @@ def main(
     if output is not None:
         with replacing(output) as file:
             json.dump(report, file, indent=1, ensure_ascii=False)
-    Console().print(table(report))
+    console = Console()
+    console.print(table(report), width=max(console.width, 110))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_finished_work_is_kept(workflow: Workflow, tmp_path: Path) -> None:
     first = evaluate(workflow, arms(workflow, loaded), PLAN, tmp_path)
     assert loaded == ["prompt", "lora"]
     again = evaluate(workflow, arms(workflow, loaded), PLAN, tmp_path)
-    assert loaded == ["prompt", "lora"] and again == first
+    assert loaded == ["prompt", "lora"] and (again.rows(), again.notes()) == (first.rows(), first.notes())
     (tmp_path / "lora.held_out.jsonl").unlink()
     assert evaluate(workflow, arms(workflow, loaded), PLAN, tmp_path).cells["lora"]["held_out"].score.tasks == 12
     assert loaded == ["prompt", "lora", "lora"]
@@ -102,7 +102,7 @@ def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path) -> No
     made = agent_arms(names, loaded, None, workflow)
     assert [arm.instructions for arm in made] == ["none", "full", "none"]
     assert made[0].digest == made[1].digest != made[2].digest
-    plan = Plan(("held_out",), tasks=2, latency_tasks=1, seed=3, parallel=2, budget=Budget(steps=2))
+    plan = Plan(("held_out",), tasks=2, latency_tasks=1, seed=3, parallel=2, budget=Budget(steps=1))
     report = evaluate(workflow, made, plan, tmp_path)
     tokens = {arm: cells["held_out"].score.prompt_tokens for arm, cells in report.cells.items()}
     assert tokens["prompt"] > 2 * tokens["lora"]
@@ -162,14 +162,17 @@ def test_next_calls_are_asked_for_on_the_logs_own_history(
         evaluate_calls(load_agent(agent), None, ["full"], logs, tmp_path / "out", n=10)
 
 
-def test_next_calls_of_a_real_model(agent: Path, runs: Path, workflow: Workflow, tmp_path: Path) -> None:
+def test_next_calls_of_a_real_model(
+    agent: Path, runs: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 160)  # an untrained model rambles on
     logs = tmp_path / "logs.jsonl"
     other = workflow.schemas("full").replace("Lend one copy", "Give away one copy")
     with logs.open("w") as file:
         for number, one in enumerate(read_trajectories(runs)):
             tools = other if number % 2 else workflow.schemas("full")
             file.write(one.model_copy(update={"tools": tools}).to_json() + "\n")
-    report = evaluate_calls(load_agent(agent), None, ["base", "lora"], logs, tmp_path / "out", n=3, parallel=2)
+    report = evaluate_calls(load_agent(agent), None, ["base", "lora"], logs, tmp_path / "out", n=1, parallel=2)
     assert set(report.scores) == {"seen", "unseen"} and set(report.scores["seen"]) == {"base", "lora"}
     predicted = (tmp_path / "out" / "lora.seen.calls.jsonl").read_text().strip().split("\n")
-    assert len(predicted) >= 6
+    assert len(predicted) >= 2

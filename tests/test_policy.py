@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 from desk import call, say, tasks, workflow
@@ -224,7 +224,7 @@ def test_a_batch_is_asked_concurrently_and_answered_in_order(server: Server, tea
     meeting = threading.Barrier(len(TASKS))
 
     def echo(request: dict[str, Any]) -> Reply:
-        meeting.wait(10)  # nobody is answered before everybody has asked
+        meeting.wait(60)  # nobody is answered before everybody has asked
         return Reply(completion(request["messages"][1]["content"]))
 
     server.replies = [echo]
@@ -263,13 +263,19 @@ def test_a_rollout_over_http_reaches_the_goal(server: Server, teacher: Make) -> 
         Reply(status=500), Reply(status=503), Reply(status=429), Reply(status=408), Reply(status=0),
         Reply(b"<html>busy</html>"), Reply(b'{"choices": ['), Reply({"choices": []}), Reply([1]), Reply({"error": "x"}),
         Reply(completion(7)), Reply(completion(tool_calls=[{"id": "x"}])),
-        Reply(b"junk", headers={"Content-Encoding": "gzip"}), Reply(completion("late"), delay=0.5),
+        Reply(b"junk", headers={"Content-Encoding": "gzip"}),
     ],
 )
 def test_a_passing_failure_is_tried_again(server: Server, teacher: Make, bad: Reply) -> None:
     server.replies = [bad, bad, Reply(completion("at last"))]
-    assert ask(teacher(timeout=0.2)).content == "at last"
+    assert ask(teacher()).content == "at last"
     assert len(server.requests) == 3
+
+
+def test_a_reply_that_takes_too_long_is_asked_for_again(server: Server, teacher: Make) -> None:
+    server.replies = [Reply(completion("late"), delay=1.0), Reply(completion("in time"))]
+    assert ask(teacher(timeout=0.5, retry=Retry(times=20, first=0.001))).content == "in time"
+    assert len(server.requests) >= 2
 
 
 def test_giving_up_says_how_often_and_why(server: Server, teacher: Make) -> None:
@@ -286,10 +292,29 @@ def test_a_server_that_is_not_there_is_an_error_for_each_episode() -> None:
     lost.close()
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_waited_for(server: Server, teacher: Make, form: str) -> None:
-    asked = "0.3" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
-    server.replies = [Reply(status=429, headers={"Retry-After": asked}), Reply(completion("ok"))]
+class Asked(Retry):
+    """Remembers what servers asked for and waits for nothing."""
+
+    heard: ClassVar[list[float | None]] = []
+
+    def pause(self, attempt: int, asked: float | None) -> float:
+        Asked.heard.append(asked)
+        return 0.0
+
+
+def test_retry_after_is_read_as_seconds_or_as_a_date(server: Server, teacher: Make) -> None:
+    date = email.utils.formatdate(time.time() + 10_000, usegmt=True)
+    asked = ["3", "0.5", date, "soon", "-1", ""]
+    server.replies = [*(Reply(status=429, headers={"Retry-After": text}) for text in asked), Reply(completion("ok"))]
+    Asked.heard.clear()
+    assert ask(teacher(retry=Asked(times=9))).content == "ok"
+    seconds, half, until, word, negative, empty = Asked.heard
+    assert (seconds, half, word, negative, empty) == (3.0, 0.5, None, 0.0, None)
+    assert until is not None and 5_000 < until <= 10_000
+
+
+def test_a_pause_is_waited_for(server: Server, teacher: Make) -> None:
+    server.replies = [Reply(status=429, headers={"Retry-After": "0.3"}), Reply(completion("ok"))]
     assert ask(teacher()).content == "ok"
     first, second = server.times
     assert second - first >= 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -13,17 +14,22 @@ from engrain.errors import WorkflowError
 from engrain.policy import Episode, ScriptTeacher
 from engrain.rollout import rollout
 from engrain.task import Task
-from engrain.trajectory import Message, ToolCall
+from engrain.trajectory import Message, ToolCall, Trajectory
 from engrain.workflow import load_workflow
 
 DESK = load_workflow(Path(__file__).parents[1] / "examples" / "support_desk")
-
-from engrain_workflow_support_desk import requests, rules, teacher  # noqa: E402  (imported by load_workflow)
-from engrain_workflow_support_desk import tasks as generator  # noqa: E402
+requests, rules, teacher, generator, store = (
+    import_module(f"engrain_workflow_support_desk.{name}")
+    for name in ("requests", "rules", "teacher", "tasks", "store")
+)
 
 
 def run(tasks: list[Task], policy=None):
     return list(rollout(DESK, tasks, policy or ScriptTeacher(DESK), parallel=1))
+
+
+def succeeded(trajectory: Trajectory) -> bool:
+    return trajectory.outcome is not None and trajectory.outcome.success
 
 
 def draw(split: str, count: int, seed: int = 5) -> list[Task]:
@@ -38,7 +44,7 @@ def test_size_of_the_workflow():
 @pytest.mark.parametrize("split", ["train", "held_out", "wording", "faults", "long20", "unseen"])
 def test_teacher_reaches_every_goal(split):
     for trajectory in run(draw(split, 8 if split == "long20" else 60)):
-        assert trajectory.outcome is not None and trajectory.outcome.success, trajectory.outcome
+        assert succeeded(trajectory), trajectory.outcome
         assert not any(message.error in ("not_allowed", "bad_arguments") for message in trajectory.messages)
 
 
@@ -54,28 +60,32 @@ def test_tasks_are_seeded_and_never_share_a_seed():
 
 def test_held_out_wording_is_never_trained():
     rng = random.Random(0)
-    trained = {requests.vary(phrase, rng) for phrases in requests.PHRASES.values() for phrase in phrases for _ in range(40)}
+    trained = {
+        requests.vary(phrase, rng) for phrases in requests.PHRASES.values() for phrase in phrases for _ in range(40)
+    }
     assert not trained & {phrase for phrases in requests.HELD_OUT.values() for phrase in phrases}
     openings = {*requests.OPENINGS}
-    assert all(not any(task.request.startswith(opening.split("{")[0]) for opening in openings if opening[0] != "{")
-               for task in draw("wording", 50))
+    assert all(
+        not any(task.request.startswith(opening.split("{")[0]) for opening in openings if opening[0] != "{")
+        for task in draw("wording", 50)
+    )
 
 
-class Meddling:
-    """The teacher, with one extra call slipped in before its answer."""
+class Meddling(ScriptTeacher):
+    """The teacher, with one extra call slipped in after so many turns, or before its answer."""
 
-    def __init__(self, call: ToolCall) -> None:
-        self.call, self.teacher = call, ScriptTeacher(DESK)
+    def __init__(self, call: ToolCall, after: int | None = None) -> None:
+        super().__init__(DESK)
+        self.call, self.after = call, after
 
-    def __call__(self, episodes: list[Episode]) -> list[Message]:
-        turns = []
-        for episode, turn in zip(episodes, self.teacher(episodes), strict=True):
-            done = any(call.id == self.call.id for message in episode.trajectory.messages for call in message.tool_calls)
-            turns.append(turn if turn.tool_calls or done else Message(role="assistant", tool_calls=[self.call]))
-        return turns
-
-    def finish(self, episode: Episode) -> None:
-        self.teacher.finish(episode)
+    def _turn(self, episode: Episode) -> Message | Exception:
+        turn = super()._turn(episode)
+        assert isinstance(turn, Message)
+        messages = episode.trajectory.messages
+        if any(call.id == self.call.id for message in messages for call in message.tool_calls):
+            return turn
+        now = episode.trajectory.steps == self.after if self.after is not None else not turn.tool_calls
+        return Message(role="assistant", tool_calls=[self.call]) if now else turn
 
 
 def test_a_forbidden_side_effect_fails_the_goal_check():
@@ -88,46 +98,34 @@ def test_a_forbidden_side_effect_fails_the_goal_check():
 class Lazy(ScriptTeacher):
     """Answers as the teacher would have, without doing anything that changes the store."""
 
-    def __call__(self, episodes):
-        lines = [teacher_answer(episode.task) for episode in episodes]
-        return [Message(role="assistant", content=line) for line in lines]
-
-
-def teacher_answer(task: Task) -> str:
-    return run([task])[0].messages[-1].content
+    def _turn(self, episode: Episode) -> Message | Exception:
+        return Message(role="assistant", content=run([episode.task])[0].messages[-1].content)
 
 
 def test_a_right_answer_without_the_work_fails_the_goal_check():
     tasks = [task for task in draw("train", 60) if not task.faults]
-    wrote = [trajectory for trajectory in run(tasks) if any(
-        call.name in {function.__name__ for function in DESK_WRITES} for m in trajectory.messages for call in m.tool_calls)]
-    lazy = {trajectory.task: trajectory.outcome for trajectory in run(tasks, Lazy(DESK))}
-    assert wrote and not any(lazy[trajectory.task].success for trajectory in wrote)
-
-
-DESK_WRITES = __import__("engrain_workflow_support_desk.store", fromlist=["WRITES"]).WRITES
+    writes = {function.__name__ for function in store.WRITES}
+    wrote = [trajectory.task for trajectory in run(tasks) if writes & {message.name for message in trajectory.messages}]
+    lazy = {trajectory.task: succeeded(trajectory) for trajectory in run(tasks, Lazy(DESK))}
+    assert wrote and not any(lazy[task] for task in wrote)
 
 
 def test_teacher_goes_on_rightly_from_a_state_that_a_student_wandered_into():
     """Prefixes with a needless read in them: the teacher still reaches the goal."""
     needless = ToolCall(id="extra", name="check_stock", arguments='{"sku": "S000"}')
-
-    class Wandering(Meddling):
-        def __call__(self, episodes):
-            turns = self.teacher(episodes)
-            for index, episode in enumerate(episodes):
-                if sum(message.role == "assistant" for message in episode.trajectory.messages) == 1:
-                    turns[index] = Message(role="assistant", tool_calls=[needless])
-            return turns
-
-    results = run(draw("held_out", 40), Wandering(needless))
-    assert all(trajectory.outcome and trajectory.outcome.success for trajectory in results)
+    assert all(succeeded(trajectory) for trajectory in run(draw("held_out", 40), Meddling(needless, after=1)))
 
 
 def test_every_kind_of_fault_and_recovery_occurs():
     faults = [fault for task in draw("faults", 400) for fault in task.faults]
     assert {fault.kind for fault in faults} == {
-        "timeout", "http_429", "http_500", "missing_record", "renamed_field", "partial_result"}
+        "timeout",
+        "http_429",
+        "http_500",
+        "missing_record",
+        "renamed_field",
+        "partial_result",
+    }
     assert {fault.recovery for fault in faults} == {"normal", "ignorable", "fatal"}
 
 
@@ -175,8 +173,11 @@ def test_kinds_are_all_drawn():
 
 
 def test_a_tool_that_keeps_failing_is_tried_three_times():
-    task = next(task for task in draw("faults", 300) if any(fault.recovery == "fatal" and fault.times == 3
-                                                            for fault in task.faults))
+    task = next(
+        task
+        for task in draw("faults", 300)
+        if any(fault.recovery == "fatal" and fault.times == 3 for fault in task.faults)
+    )
     fault = next(fault for fault in task.faults if fault.recovery == "fatal")
     [trajectory] = run([task])
     failed = [message for message in trajectory.messages if message.error == fault.kind and message.name == fault.tool]

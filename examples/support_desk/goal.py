@@ -98,10 +98,15 @@ def expected_of(item: Item, tier: str, rules: Rules, books: Books) -> tuple[list
             return [replacement], "replaced"
         return pay_back(about, order["amount"], tier, rules, books)
     answers = {
-        "order status": order.get(rules.field), "order amount": order.get("amount"), "order item": order.get("item"),
-        "parcel status": shipment.get("parcel"), "transit days": shipment.get("days_in_transit"),
-        "payment status": payment.get("payment"), "payment method": payment.get("method"),
-        "stock": books("inventory", about).get("stock"), "tier": tier,
+        "order status": order.get(rules.field),
+        "order amount": order.get("amount"),
+        "order item": order.get("item"),
+        "parcel status": shipment.get("parcel"),
+        "transit days": shipment.get("days_in_transit"),
+        "payment status": payment.get("payment"),
+        "payment method": payment.get("method"),
+        "stock": books("inventory", about).get("stock"),
+        "tier": tier,
     }
     return [], str(answers[kind])
 
@@ -144,8 +149,11 @@ def check(task: Task, desk: store.Desk, messages: Sequence[Message]) -> Outcome:
     finally:
         twin.close()
     missing = [table for table in wanted if any(row not in found[table] for row in wanted[table])]
-    extra = [table for table in wanted if any(row not in wanted[table] for row in found[table])
-             or len(found[table]) > len(wanted[table])]
+    extra = [
+        table
+        for table in wanted
+        if any(row not in wanted[table] for row in found[table]) or len(found[table]) > len(wanted[table])
+    ]
     answer = messages[-1].content if messages[-1].role == "assistant" else ""
     checks = {
         "goal reached": not missing,

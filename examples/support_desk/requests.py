@@ -12,38 +12,49 @@ from dataclasses import dataclass
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "order status": (
-        "[what is|tell me|can you tell me] the status of [order|] {o}", "how far along is [my|] order {o}",
+        "[what is|tell me|can you tell me] the status of [order|] {o}",
+        "how far along is [my|] order {o}",
         "[please|] check where order {o} stands",
     ),
     "parcel status": (
-        "where is the parcel [for|of] {o}", "[please|] track [the shipment of|the parcel for] {o}",
+        "where is the parcel [for|of] {o}",
+        "[please|] track [the shipment of|the parcel for] {o}",
         "has {o} been [shipped|delivered] [yet|]",
     ),
     "payment status": (
-        "[did|has] the payment for {o} [gone|go] through", "[what is|tell me] the payment status of {o}",
+        "[did|has] the payment for {o} [gone|go] through",
+        "[what is|tell me] the payment status of {o}",
         "was {o} [paid|charged] [correctly|]",
     ),
     "payment method": (
-        "how did I pay for {o}", "[which|what] payment method was used for {o}", "tell me how {o} was paid",
+        "how did I pay for {o}",
+        "[which|what] payment method was used for {o}",
+        "tell me how {o} was paid",
     ),
     "order amount": (
-        "how much [was|did I pay for] [order|] {o}", "[what is|tell me] the [total|amount] of {o}",
+        "how much [was|did I pay for] [order|] {o}",
+        "[what is|tell me] the [total|amount] of {o}",
         "what did {o} cost",
     ),
     "order item": (
-        "what [item|product] is in [order|] {o}", "what did I [buy|order] in {o}", "remind me what {o} [is|was]",
+        "what [item|product] is in [order|] {o}",
+        "what did I [buy|order] in {o}",
+        "remind me what {o} [is|was]",
     ),
     "stock": (
-        "how many [units|pieces] of {s} [are in stock|do you have]", "is {s} [available|in stock]",
+        "how many [units|pieces] of {s} [are in stock|do you have]",
+        "is {s} [available|in stock]",
         "check the stock of {s}",
     ),
     "tier": (
-        "[what|which] tier [am I in|is my account]", "tell me my [customer|account] tier",
+        "[what|which] tier [am I in|is my account]",
+        "tell me my [customer|account] tier",
         "am I a gold customer [or not|]",
     ),
     "transit days": (
         "how [many days|long] has the parcel of {o} been [travelling|in transit]",
-        "how long is {o} [on its way|on the way] [already|]", "tell me the days in transit of {o}",
+        "how long is {o} [on its way|on the way] [already|]",
+        "tell me the days in transit of {o}",
     ),
     "refund damaged": (
         "[I want a refund for|refund|give me my money back for] {o}, it [arrived|came] [damaged|broken]",
@@ -52,7 +63,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "refund defective": (
         "[refund|I want a refund for] {o}, it [does not|never] [works|work]",
-        "{o} is [defective|faulty], [please refund it|I want my money back]", "money back for the faulty [item|order] {o}",
+        "{o} is [defective|faulty], [please refund it|I want my money back]",
+        "money back for the faulty [item|order] {o}",
     ),
     "refund wrong": (
         "[refund|I want a refund for] {o}, you sent the wrong [item|product]",
@@ -61,73 +73,98 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "return unwanted": (
         "I [changed my mind about|do not want] {o} [any more|], [take it back|I want to return it]",
-        "[I want to|can I] return {o}, [I do not need it|it is unopened]", "[please|] take back {o}, it is unopened",
+        "[I want to|can I] return {o}, [I do not need it|it is unopened]",
+        "[please|] take back {o}, it is unopened",
     ),
     "duplicate charge": (
-        "I was charged [twice|two times] for {o}", "[there is|I see] a [double|duplicate] charge [for|on] {o}",
+        "I was charged [twice|two times] for {o}",
+        "[there is|I see] a [double|duplicate] charge [for|on] {o}",
         "{o} was [billed|charged] twice, [refund one|fix it]",
     ),
     "overcharge": (
-        "I [paid|was charged] too much for {o}", "{o} cost more than [it should|the price you showed]",
+        "I [paid|was charged] too much for {o}",
+        "{o} cost more than [it should|the price you showed]",
         "[refund|give back] the excess [charge|amount] on {o}",
     ),
     "lost parcel": (
-        "{o} never [arrived|came]", "[my|the] parcel {o} [is|got] lost", "I [did not get|never received] {o}",
+        "{o} never [arrived|came]",
+        "[my|the] parcel {o} [is|got] lost",
+        "I [did not get|never received] {o}",
     ),
     "replace damaged": (
         "[send a new one|I want a new one|replace] for {o}, it [arrived|came] [damaged|broken]",
-        "{o} [arrived|came] broken, [please replace it|send it again]", "replace the damaged [item|order] {o}",
+        "{o} [arrived|came] broken, [please replace it|send it again]",
+        "replace the damaged [item|order] {o}",
     ),
     "replace wrong": (
         "[send the right one|replace] for {o}, you sent the wrong [item|product]",
-        "{o} is not what I ordered, [please replace it|send the right one]", "replace the wrong [item|product] in {o}",
+        "{o} is not what I ordered, [please replace it|send the right one]",
+        "replace the wrong [item|product] in {o}",
     ),
     "cancel": (
-        "[please|] cancel [order|my order|] {o}", "I [want|would like] to cancel {o}", "stop order {o}, I cancel it",
+        "[please|] cancel [order|my order|] {o}",
+        "I [want|would like] to cancel {o}",
+        "stop order {o}, I cancel it",
     ),
     "change address": (
-        "[send|deliver] {o} to {a} [instead|]", "[change|update] the address of {o} to {a}",
+        "[send|deliver] {o} to {a} [instead|]",
+        "[change|update] the address of {o} to {a}",
         "I moved, {o} must go to {a}",
     ),
     "late credit": (
         "{o} is [late|very late|taking too long], [what do I get|I want something for it]",
-        "[I want|give me] [credit|something] for the late parcel {o}", "the parcel {o} is late again",
+        "[I want|give me] [credit|something] for the late parcel {o}",
+        "the parcel {o} is late again",
     ),
     "fraud": (
-        "someone [used|stole] my [card|account]", "I [see|found] [a fraud|a fraudulent charge] on my account",
+        "someone [used|stole] my [card|account]",
+        "I [see|found] [a fraud|a fraudulent charge] on my account",
         "there is fraud on my [card|account]",
     ),
     "safety": (
-        "[your|the] product [caught fire|hurt my child]", "the [item|product] is [dangerous|a safety hazard]",
+        "[your|the] product [caught fire|hurt my child]",
+        "the [item|product] is [dangerous|a safety hazard]",
         "I [want to|must] report a safety problem",
     ),
     "legal": (
-        "my lawyer [will contact|writes to] you", "I [will|am going to] sue you", "this is a legal [notice|matter]",
+        "my lawyer [will contact|writes to] you",
+        "I [will|am going to] sue you",
+        "this is a legal [notice|matter]",
     ),
     "press": (
-        "I am a [journalist|reporter] [with questions|writing a story]", "I write for a newspaper [about you|]",
+        "I am a [journalist|reporter] [with questions|writing a story]",
+        "I write for a newspaper [about you|]",
         "this is a press [request|question]",
     ),
     "privacy": (
-        "delete [all|] my [personal|] data", "[what|which] personal data do you [keep|store]",
+        "delete [all|] my [personal|] data",
+        "[what|which] personal data do you [keep|store]",
         "this is a privacy [request|question]",
     ),
     "invoice": (
-        "[send me|I need] an invoice", "I need [the invoice|a receipt] for my [taxes|records]",
+        "[send me|I need] an invoice",
+        "I need [the invoice|a receipt] for my [taxes|records]",
         "please send [the|my] invoice",
     ),
     "callback": (
-        "[please|] call me [back|]", "I want to [talk to|speak with] a person", "have someone [call|phone] me",
+        "[please|] call me [back|]",
+        "I want to [talk to|speak with] a person",
+        "have someone [call|phone] me",
     ),
     "billing": (
-        "[explain|I do not understand] my [last|] bill", "I have a question [about|on] [my|the] billing",
+        "[explain|I do not understand] my [last|] bill",
+        "I have a question [about|on] [my|the] billing",
         "there is something odd [on|in] my bill",
     ),
     "close ticket": (
-        "[close|you can close] [ticket|my ticket] {t}", "{t} is [solved|done], close it", "ticket {t} can be closed",
+        "[close|you can close] [ticket|my ticket] {t}",
+        "{t} is [solved|done], close it",
+        "ticket {t} can be closed",
     ),
     "reopen ticket": (
-        "[open ticket|reopen] {t} [again|]", "{t} is not [solved|done], open it again", "ticket {t} must be reopened",
+        "[open ticket|reopen] {t} [again|]",
+        "{t} is not [solved|done], open it again",
+        "ticket {t} must be reopened",
     ),
 }
 
@@ -165,14 +202,26 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     "reopen ticket": ("please open {t}, it is not solved",),
 }
 
-OPENINGS = ("Hello, I am customer {c}, PIN {p}.", "Hi, customer {c} here, my PIN is {p}.", "{c} here. PIN {p}.",
-            "Good morning. My id is {c} and my PIN {p}.", "Dear support, this is {c} ({p}).")
+OPENINGS = (
+    "Hello, I am customer {c}, PIN {p}.",
+    "Hi, customer {c} here, my PIN is {p}.",
+    "{c} here. PIN {p}.",
+    "Good morning. My id is {c} and my PIN {p}.",
+    "Dear support, this is {c} ({p}).",
+)
 OPENINGS_HELD_OUT = ("My PIN is {p}, my customer id {c}.", "This is customer {c} with PIN {p}, good morning.")
 LISTS = ("I need a few things:", "Please do the following:", "Several matters:", "Please look at these:")
 CLOSINGS = ("", "", " Thank you.", " Thanks.", " Please be quick.")
 
-REFUNDS = ("refund damaged", "refund defective", "refund wrong", "return unwanted", "duplicate charge", "overcharge",
-           "lost parcel")
+REFUNDS = (
+    "refund damaged",
+    "refund defective",
+    "refund wrong",
+    "return unwanted",
+    "duplicate charge",
+    "overcharge",
+    "lost parcel",
+)
 CHANGES = (*REFUNDS, "replace damaged", "replace wrong", "cancel", "change address", "late credit")
 KINDS = tuple(PHRASES)
 

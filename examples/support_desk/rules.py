@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engrain.errors import WorkflowError
 
@@ -90,10 +90,19 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "No returns of {category} items.",
     ),
 }
-WORDS = {"tier": "|".join(TIERS), "amount": r"\d+", "days": r"\d+", "field": "|".join(FIELDS),
-         "version": "|".join(VERSIONS), "role": "|".join(ROLES), "scope": "|".join(SCOPES), "team": "|".join(TEAMS),
-         "remedy": "refund|replacement", "method": "|".join(METHODS),
-         "category": "|".join(SENSITIVE + CATEGORIES)}
+WORDS = {
+    "tier": "|".join(TIERS),
+    "amount": r"\d+",
+    "days": r"\d+",
+    "field": "|".join(FIELDS),
+    "version": "|".join(VERSIONS),
+    "role": "|".join(ROLES),
+    "scope": "|".join(SCOPES),
+    "team": "|".join(TEAMS),
+    "remedy": "refund|replacement",
+    "method": "|".join(METHODS),
+    "category": "|".join(SENSITIVE + CATEGORIES),
+}
 
 
 def _pattern(wording: str) -> re.Pattern[str]:
@@ -120,7 +129,7 @@ class Rules:
     lost: str
     method: str
     category: str
-    teams: Mapping[str, str] = field(default_factory=dict)
+    teams: Mapping[str, str]
 
 
 def draw(rng: random.Random) -> Rules:
@@ -128,10 +137,17 @@ def draw(rng: random.Random) -> Rules:
     basic, silver, gold = sorted(rng.sample(range(40, 420, 20), 3))
     return Rules(
         limits={"basic": basic, "silver": silver, "gold": gold},
-        field=rng.choice(FIELDS), version=rng.choice(VERSIONS), role=rng.choice(ROLES), identity=rng.choice(SCOPES),
-        return_days=rng.choice((14, 21, 30, 45, 60)), damage_days=rng.choice((5, 7, 10, 15)),
-        late_days=rng.choice((4, 6, 8, 9)), goodwill=rng.choice((5, 10, 15, 20, 25)),
-        lost=rng.choice(("refund", "replacement")), method=rng.choice(METHODS), category=rng.choice(CATEGORIES),
+        field=rng.choice(FIELDS),
+        version=rng.choice(VERSIONS),
+        role=rng.choice(ROLES),
+        identity=rng.choice(SCOPES),
+        return_days=rng.choice((14, 21, 30, 45, 60)),
+        damage_days=rng.choice((5, 7, 10, 15)),
+        late_days=rng.choice((4, 6, 8, 9)),
+        goodwill=rng.choice((5, 10, 15, 20, 25)),
+        lost=rng.choice(("refund", "replacement")),
+        method=rng.choice(METHODS),
+        category=rng.choice(CATEGORIES),
         teams={name: rng.choice(TEAMS) for name in sorted(rng.sample(SENSITIVE, 3))},
     )
 
@@ -140,12 +156,17 @@ def write(rules: Rules, rng: random.Random) -> list[str]:
     """The bullets of a profile, in random order and wording."""
     values: list[tuple[str, dict[str, object]]] = [
         *(("limit", {"tier": tier, "amount": amount}) for tier, amount in rules.limits.items()),
-        ("field", {"field": rules.field}), ("version", {"version": rules.version}), ("role", {"role": rules.role}),
+        ("field", {"field": rules.field}),
+        ("version", {"version": rules.version}),
+        ("role", {"role": rules.role}),
         ("identity", {"scope": rules.identity}),
         *(("team", {"category": category, "team": team}) for category, team in rules.teams.items()),
-        ("return_days", {"days": rules.return_days}), ("damage_days", {"days": rules.damage_days}),
-        ("late_days", {"days": rules.late_days}), ("goodwill", {"amount": rules.goodwill}),
-        ("lost", {"remedy": rules.lost}), ("method", {"method": rules.method}),
+        ("return_days", {"days": rules.return_days}),
+        ("damage_days", {"days": rules.damage_days}),
+        ("late_days", {"days": rules.late_days}),
+        ("goodwill", {"amount": rules.goodwill}),
+        ("lost", {"remedy": rules.lost}),
+        ("method", {"method": rules.method}),
         ("category", {"category": rules.category}),
     ]
     rng.shuffle(values)

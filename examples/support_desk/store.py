@@ -46,7 +46,7 @@ class Desk:
 
     def one(self, table: str, **key: str) -> dict[str, Any]:
         """The row with this key. Raises `ToolFailure("missing_record")` when there is none."""
-        (column, value), = key.items()
+        ((column, value),) = key.items()
         row = self.db.execute(f"SELECT * FROM {table} WHERE {column} = ?", (value,)).fetchone()
         if row is None:
             raise ToolFailure("missing_record", f"no {column} {value}")
@@ -154,8 +154,10 @@ def send_replacement(desk: Desk, order_id: str, api_version: Version) -> dict[st
     sku = desk.one("orders", order_id=order_id)["sku"]
     desk.insert("replacements", order_id=order_id, api_version=api_version)
     desk.db.execute("UPDATE inventory SET stock = stock - 1 WHERE sku = ?", (sku,))
-    desk.db.execute("UPDATE orders SET status = 'replaced', state = 'replaced', fulfilment = 'replaced' "
-                    "WHERE order_id = ?", (order_id,))
+    desk.db.execute(
+        "UPDATE orders SET status = 'replaced', state = 'replaced', fulfilment = 'replaced' WHERE order_id = ?",
+        (order_id,),
+    )
     return {"ok": True}
 
 
@@ -166,8 +168,10 @@ def cancel_order(desk: Desk, order_id: str) -> dict[str, Any]:
         order_id: The order's id, A and four digits.
     """
     desk.one("orders", order_id=order_id)
-    desk.db.execute("UPDATE orders SET status = 'cancelled', state = 'cancelled', fulfilment = 'cancelled' "
-                    "WHERE order_id = ?", (order_id,))
+    desk.db.execute(
+        "UPDATE orders SET status = 'cancelled', state = 'cancelled', fulfilment = 'cancelled' WHERE order_id = ?",
+        (order_id,),
+    )
     return {"ok": True}
 
 
@@ -190,7 +194,9 @@ def request_approval(desk: Desk, order_id: str, role: Role) -> dict[str, Any]:
         order_id: The order's id, A and four digits.
         role: Who is asked.
     """
-    row = desk.db.execute("SELECT approved FROM approvals WHERE order_id = ? AND role = 'anyone'", (order_id,)).fetchone()
+    row = desk.db.execute(
+        "SELECT approved FROM approvals WHERE order_id = ? AND role = 'anyone'", (order_id,)
+    ).fetchone()
     approved = row is None or bool(row["approved"])
     desk.insert("approvals", order_id=order_id, role=role, approved=approved)
     return {"approved": approved}
@@ -230,5 +236,14 @@ def set_ticket(desk: Desk, ticket_id: str, ticket: Literal["open", "closed"]) ->
 
 
 READS = (get_customer, verify_identity, get_order, get_shipment, get_payment, check_stock)
-WRITES = (issue_refund, issue_credit, send_replacement, cancel_order, update_address, request_approval, escalate,
-          open_ticket, set_ticket)
+WRITES = (
+    issue_refund,
+    issue_credit,
+    send_replacement,
+    cancel_order,
+    update_address,
+    request_approval,
+    escalate,
+    open_ticket,
+    set_ticket,
+)

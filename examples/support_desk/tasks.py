@@ -52,27 +52,51 @@ def _order_rows(item: Item, tier: str, rules: Rules, rng: random.Random, taken: 
         stages[("status", "state", "fulfilment").index(rules.field)] = "open"
     parcels = ("lost", "lost", "moving", "delivered") if item.kind == "lost parcel" else ("moving", "delivered", "held")
     rare = rng.random()
-    method = rules.method if rare < 0.04 else rng.choice(METHODS) if rare < 0.08 else rng.choice(("card", "paypal", "bank"))
+    method = (
+        rules.method if rare < 0.04 else rng.choice(METHODS) if rare < 0.08 else rng.choice(("card", "paypal", "bank"))
+    )
     rare = rng.random()
-    category = (rules.category if rare < 0.04 else rng.choice(CATEGORIES) if rare < 0.08
-                else rng.choice(("home", "garden", "sport", "music")))
+    category = (
+        rules.category
+        if rare < 0.04
+        else rng.choice(CATEGORIES)
+        if rare < 0.08
+        else rng.choice(("home", "garden", "sport", "music"))
+    )
     late = item.kind == "late credit"
     rows: dict[str, list[Any]] = {
-        "orders": [{
-            "order_id": order, "customer_id": "", "item": rng.choice(GOODS), "sku": sku, "category": category,
-            "amount": _near(rules.limits[tier], rng), "status": stages[0], "state": stages[1],
-            "fulfilment": stages[2], "address": f"{rng.randint(1, 99)} {rng.choice(STREETS)}",
-        }],
-        "shipments": [{
-            "order_id": order, "carrier": rng.choice(CARRIERS), "parcel": rng.choice(parcels),
-            "days_in_transit": _near(rules.late_days, rng) if late else rng.randint(1, 12),
-            "days_since_delivery": _near(window, rng) if rng.random() < 0.6 else rng.randint(0, window),
-        }],
-        "payments": [{
-            "order_id": order, "method": method, "payment": rng.choice(("paid", "pending")),
-            "charges": rng.choice((1, 2)) if item.kind == "duplicate charge" else 1,
-            "excess": rng.choice((0, _near(rules.limits[tier], rng))) if item.kind == "overcharge" else 0,
-        }],
+        "orders": [
+            {
+                "order_id": order,
+                "customer_id": "",
+                "item": rng.choice(GOODS),
+                "sku": sku,
+                "category": category,
+                "amount": _near(rules.limits[tier], rng),
+                "status": stages[0],
+                "state": stages[1],
+                "fulfilment": stages[2],
+                "address": f"{rng.randint(1, 99)} {rng.choice(STREETS)}",
+            }
+        ],
+        "shipments": [
+            {
+                "order_id": order,
+                "carrier": rng.choice(CARRIERS),
+                "parcel": rng.choice(parcels),
+                "days_in_transit": _near(rules.late_days, rng) if late else rng.randint(1, 12),
+                "days_since_delivery": _near(window, rng) if rng.random() < 0.6 else rng.randint(0, window),
+            }
+        ],
+        "payments": [
+            {
+                "order_id": order,
+                "method": method,
+                "payment": rng.choice(("paid", "pending")),
+                "charges": rng.choice((1, 2)) if item.kind == "duplicate charge" else 1,
+                "excess": rng.choice((0, _near(rules.limits[tier], rng))) if item.kind == "overcharge" else 0,
+            }
+        ],
         "inventory": [{"sku": sku, "stock": rng.choice((0, 1, 2, 5, 9, 14))}],
     }
     if rng.random() < 0.2:
@@ -92,7 +116,14 @@ def _item(kind: str, rng: random.Random, taken: set[str]) -> Item:
 
 
 def make_task(
-    rng: random.Random, tenant: str, rules: Rules, count: int, *, split: str, seed: int, held_out: bool = False,
+    rng: random.Random,
+    tenant: str,
+    rules: Rules,
+    count: int,
+    *,
+    split: str,
+    seed: int,
+    held_out: bool = False,
     faults: int = 0,
 ) -> Task:
     """A task of `count` items for one tenant. `held_out` takes the wording that is never trained on."""
@@ -102,8 +133,9 @@ def make_task(
     pin = right_pin if count > 3 or rng.random() > 0.04 else right_pin[::-1]
     kinds = rng.choices(KINDS, k=count) if count > 1 else [rng.choice(KINDS)]
     items = [_item(kind, rng, taken) for kind in kinds]
-    start: dict[str, list[Any]] = {"customers": [
-        {"customer_id": customer, "name": rng.choice(NAMES), "tier": tier, "pin": right_pin}]}
+    start: dict[str, list[Any]] = {
+        "customers": [{"customer_id": customer, "name": rng.choice(NAMES), "tier": tier, "pin": right_pin}]
+    }
     for item in items:
         if item.about.startswith("A"):
             for table, rows in _order_rows(item, tier, rules, rng, taken).items():
@@ -117,8 +149,14 @@ def make_task(
         row["customer_id"] = customer
     goal = {"customer": customer, "pin": pin, "items": [asdict(item) for item in items], "rules": asdict(rules)}
     task = Task(
-        id=f"{split}-{seed}", request=request(items, customer, pin, rng, held_out), tenant=tenant,
-        kind=items[0].kind if count == 1 else "several", split=split, seed=seed, goal=goal, start=start,
+        id=f"{split}-{seed}",
+        request=request(items, customer, pin, rng, held_out),
+        tenant=tenant,
+        kind=items[0].kind if count == 1 else "several",
+        split=split,
+        seed=seed,
+        goal=goal,
+        start=start,
     )
     return add_faults(task, faults, rng) if faults else task
 
@@ -139,8 +177,10 @@ def walk(task: Task, tools: dict[str, Tool]) -> list[tuple[Message, int]]:
             return turns
         call = turn.tool_calls[0]
         seen = tools[call.name].call(call.arguments, desk)
-        messages += [turn, Message(role="tool", content=seen.content, tool_call_id=call.id, name=call.name,
-                                   error=seen.error)]
+        messages += [
+            turn,
+            Message(role="tool", content=seen.content, tool_call_id=call.id, name=call.name, error=seen.error),
+        ]
 
 
 TOOLS: dict[str, Tool] = {}
@@ -181,8 +221,14 @@ def _fault(tool: str, nth: int, confirms: bool, rng: random.Random) -> Fault:
         return Fault(tool=tool, kind="missing_record", nth=nth, recovery="fatal")
     if field and dice < 0.3:
         if field in teacher.RENAMED and rng.random() < 0.6:
-            return Fault(tool=tool, kind="renamed_field", nth=nth, field=field, renamed=teacher.RENAMED[field],
-                         recovery="ignorable")
+            return Fault(
+                tool=tool,
+                kind="renamed_field",
+                nth=nth,
+                field=field,
+                renamed=teacher.RENAMED[field],
+                recovery="ignorable",
+            )
         return Fault(tool=tool, kind="partial_result", nth=nth, field=field)
     if dice > 0.8:
         return Fault(tool=tool, kind=outage, nth=nth, times=teacher.ATTEMPTS, recovery="fatal")
@@ -239,6 +285,7 @@ def sample_start(rng: random.Random, rules: Rules) -> dict[str, list[Any]]:
     items = (Item("refund damaged", "A1001"), Item("cancel", "A1002"), Item("lost parcel", "A1003"))
     for item in items:
         for table, rows in _order_rows(item, "gold", rules, rng, set()).items():
-            start.setdefault(table, []).extend(row | {"customer_id": "C1000"} if table == "orders" else row
-                                               for row in rows)
+            start.setdefault(table, []).extend(
+                row | {"customer_id": "C1000"} if table == "orders" else row for row in rows
+            )
     return start

@@ -61,7 +61,7 @@ class View:
         must be made, `Stop` when the record does not exist and `TimeoutError` when the tool keeps failing.
         """
         key = (tool, _key(json.dumps(arguments)))
-        attempts = self.calls.get(key, [])[self.used.get(key, 0):]
+        attempts = self.calls.get(key, [])[self.used.get(key, 0) :]
         for number, attempt in enumerate(attempts, 1):
             self.asked += 1
             if attempt.error == "missing_record":
@@ -92,7 +92,7 @@ def _fields(content: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     back = {renamed: name for name, renamed in RENAMED.items()}
-    return {back.get(name, name): value for name, value in result.items()} if isinstance(result, dict) else {}
+    return {back.get(str(name), name): value for name, value in result.items()} if isinstance(result, dict) else {}
 
 
 def within(view: View, value: int, limit: int, what: str) -> bool:
@@ -121,10 +121,9 @@ def _confirm(view: View, tool: str, order: str) -> None:
 
 def _pay_back(item: Item, view: View, rules: Rules, tier: str, amount: int, method: str = "") -> str:
     method = method or view.get("get_payment", order_id=item.about, needs=("method",))["method"]
-    limit = rules.limits[tier]
-    if not within(view, amount, limit, f"{tier} refund"):
-        if not view.get("request_approval", order_id=item.about, role=rules.role).get("approved"):
-            return "denied by approver"
+    fits = within(view, amount, rules.limits[tier], f"{tier} refund")
+    if not fits and not view.get("request_approval", order_id=item.about, role=rules.role)["approved"]:
+        return "denied by approver"
     if method == rules.method:
         view.notes.append(f"{rules.method}: credit")
         view.get("issue_credit", order_id=item.about, amount=amount)
@@ -260,11 +259,20 @@ _PROCEDURES = {
     "transit days": _read("get_shipment", "days_in_transit"),
     "stock": lambda item, view, rules, tier: str(view.get("check_stock", sku=item.about)["stock"]),
     "tier": lambda item, view, rules, tier: tier,
-    "refund damaged": _refund, "refund defective": _refund, "refund wrong": _refund, "return unwanted": _refund,
-    "replace damaged": _replace, "replace wrong": _replace,
-    "duplicate charge": _duplicate, "overcharge": _overcharge, "lost parcel": _lost,
-    "cancel": _cancel, "change address": _address, "late credit": _late,
-    "close ticket": _set_ticket, "reopen ticket": _set_ticket,
+    "refund damaged": _refund,
+    "refund defective": _refund,
+    "refund wrong": _refund,
+    "return unwanted": _refund,
+    "replace damaged": _replace,
+    "replace wrong": _replace,
+    "duplicate charge": _duplicate,
+    "overcharge": _overcharge,
+    "lost parcel": _lost,
+    "cancel": _cancel,
+    "change address": _address,
+    "late credit": _late,
+    "close ticket": _set_ticket,
+    "reopen ticket": _set_ticket,
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from engrain.context import Section
@@ -20,7 +21,10 @@ from engrain.trajectory import Message, Trajectory
 from engrain.workflow import Workflow, load_workflow
 
 DESK = Path(__file__).resolve().parents[2] / "examples" / "support_desk"
-SYLLABLES = "ba be bo da de do fa fi ga go ka ke la lo ma mi na no pa pe ra ro sa so ta to va vi".split()
+SYLLABLES = [
+    "ba", "be", "bo", "da", "de", "do", "fa", "fi", "ga", "go", "ka", "ke", "la", "lo", "ma", "mi", "na", "no",
+    "pa", "pe", "ra", "ro", "sa", "so", "ta", "to", "va", "vi",
+]
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,11 @@ def _system(workflow: Workflow, tenant: str, depth: str) -> str:
     return workflow.system(tenant, "full" if depth == "full" else "none")
 
 
-def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory]:  # noqa: B008 (frozen)
+def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory]:
     """`count` teacher trajectories of fresh random tenants; the same for the same seed."""
     desk = load_workflow(DESK)
-    # The workflow's own modules, which `load_workflow` imported.
-    from engrain_workflow_support_desk import rules as tenant_rules
-    from engrain_workflow_support_desk.tasks import make_task
-
+    tenant_rules = import_module("engrain_workflow_support_desk.rules")  # a module of what `load_workflow` imported
+    make_task = import_module("engrain_workflow_support_desk.tasks").make_task
     rng = random.Random(f"base/{seed}")
     tenants: dict[str, Section] = {}
     tasks: list[Task] = []

@@ -27,7 +27,6 @@ from engrain.files import replacing, replacing_directory
 from engrain.model import Base, save_base
 from engrain.renderer import Renderer, Row
 from engrain.train import TrainConfig, TrainResult, train
-from engrain.trajectory import Trajectory
 
 MAX_TOKENS = 4096
 PER_CHUNK = 500
@@ -38,7 +37,9 @@ class Recipe:
     """All that decides the base."""
 
     tokens: int
-    """The dial: tokens to train on, each row once."""
+    """The dial: tokens to train on."""
+    trajectories: int = 30_000
+    """How many are generated; enough for each row to be met at most once at the default dial."""
     seed: int = 0
     vocabulary: int = 4096
     width: int = 192
@@ -47,15 +48,23 @@ class Recipe:
     batch_tokens: int = 8192
     initializer_range: float = 0.04
     min_trained: float = 0.15
-    """Rows with a smaller share of trained tokens are left out: a long prompt before few turns costs much, teaches little."""
+    """Rows with a smaller share of trained tokens are left out: long prompts before few turns teach little."""
     mix: Mix = field(default_factory=Mix)
 
     def config(self, vocabulary: int, pad: int, stop: int) -> LlamaConfig:
         return LlamaConfig(
-            vocab_size=vocabulary, hidden_size=self.width, num_hidden_layers=self.layers,
-            intermediate_size=self.width * 8 // 3, num_attention_heads=self.width // 64,
-            num_key_value_heads=self.width // 64, max_position_embeddings=MAX_TOKENS, tie_word_embeddings=True,
-            initializer_range=self.initializer_range, pad_token_id=pad, eos_token_id=stop, bos_token_id=None,
+            vocab_size=vocabulary,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.width * 8 // 3,
+            num_attention_heads=self.width // 64,
+            num_key_value_heads=self.width // 64,
+            max_position_embeddings=MAX_TOKENS,
+            tie_word_embeddings=True,
+            initializer_range=self.initializer_range,
+            pad_token_id=pad,
+            eos_token_id=stop,
+            bos_token_id=None,
         )
 
 
@@ -132,22 +141,22 @@ def make_rows(work: Path, recipe: Recipe, processes: int) -> Rows:
     file = work / "rows.safetensors"
     if not file.exists():
         chunks: list[dict[str, np.ndarray]] = []
-        total, seed = 0, recipe.seed * 100_000 + 1
+        first = recipe.seed * 100_000 + 1
+        seeds = range(first, first + recipe.trajectories // PER_CHUNK)
         with ProcessPoolExecutor(processes) as pool:
-            while total < recipe.tokens:
-                seeds = range(seed, seed + 2 * processes)
-                for chunk in pool.map(_render, [work] * len(seeds), seeds, [recipe] * len(seeds)):
-                    chunks.append(chunk)
-                    total += len(chunk["ids"])
-                seed += len(seeds)
-                typer.echo(f"{total:,} of {recipe.tokens:,} tokens", err=True)
+            for chunk in pool.map(_render, [work] * len(seeds), seeds, [recipe] * len(seeds)):
+                chunks.append(chunk)
+                typer.echo(f"{len(chunks)} of {len(seeds)} chunks of trajectories", err=True)
         offsets = np.cumsum([0] + [len(chunk["ids"]) for chunk in chunks])
         starts = [chunk["starts"][:-1] + offset for chunk, offset in zip(chunks, offsets[:-1], strict=True)]
-        save_file({
-            "ids": np.concatenate([chunk["ids"] for chunk in chunks]),
-            "mask": np.concatenate([chunk["mask"] for chunk in chunks]),
-            "starts": np.concatenate([*starts, offsets[-1:]]),
-        }, file.with_suffix(".part"))
+        save_file(
+            {
+                "ids": np.concatenate([chunk["ids"] for chunk in chunks]),
+                "mask": np.concatenate([chunk["mask"] for chunk in chunks]),
+                "starts": np.concatenate([*starts, offsets[-1:]]),
+            },
+            file.with_suffix(".part"),
+        )
         file.with_suffix(".part").rename(file)
     arrays = load_file(file)
     return Rows(arrays["ids"], arrays["mask"], arrays["starts"])
@@ -182,9 +191,9 @@ pipeline_tag: text-generation
 ---
 # The bundled base, first version
 
-A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on trajectories of the
-support desk (`examples/support_desk`) for tenants invented at random. It is a starting point to compile on and to test
-with, not a general model: it has seen no other text.
+A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on trajectories
+of the support desk (`examples/support_desk`) for tenants invented at random. It is a starting point to compile on and
+to test with, not a general model: it has seen no other text.
 
 - Data: {len(rows):,} generated rows, {len(rows.ids):,} tokens, {int(rows.mask.sum()):,} of them with loss. Never the
   tenants in `examples/support_desk/tenants`, never the held-out request wording. Other text: {words}.
@@ -198,7 +207,7 @@ with, not a general model: it has seen no other text.
 
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the base goes")],
-    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 16_000_000,
+    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 10_000_000,
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
@@ -213,9 +222,11 @@ def main(
     tokenizer = make_tokenizer(work, recipe, english)
     rows = make_rows(work, recipe, processes)
     base = Base(initial_model(tokenizer, recipe), tokenizer)
-    config = TrainConfig(tokens=tokens, batch_tokens=recipe.batch_tokens, accumulate=1, lr=recipe.lr, seed=seed, threads=2)
+    config = TrainConfig(
+        tokens=tokens, batch_tokens=recipe.batch_tokens, accumulate=1, lr=recipe.lr, seed=seed, threads=2
+    )
     result = train(base, None, rows, config, work / "train")
-    base.model.to(torch.bfloat16)
+    base.model.bfloat16()
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:

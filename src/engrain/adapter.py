@@ -89,7 +89,7 @@ def lora_delta(
     b: Float[Tensor, "*batch d_out rank"],
     alpha: float,
     rank: int,
-) -> Float[Tensor, "*tokens d_out"]:
+) -> Float[Tensor, "... d_out"]:
     """What an adapter adds to a linear site's output. With a batch of adapters, `x` is `batch tokens d_in`."""
     return (alpha / rank) * (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
 

@@ -39,7 +39,7 @@ MOST_AT_ONCE = 8192
 
 
 class Engine:
-    """Decodes many streams with one model. `encoded_tokens` counts tokens that went through the model.
+    """Decodes many streams with one model. `encoded_tokens` counts tokens that went through it, in `passes` passes.
 
     An `adapter` is merged into a copy of the weights, for speed; with `hooked=True` it runs beside the caller's own
     weights, which then must not be trained or adapted elsewhere until `close`.
@@ -62,7 +62,8 @@ class Engine:
         self._adapted.__enter__()
         self.model.eval()
         self.renderer, self.tokenizer, self.sampling = renderer, tokenizer, sampling
-        self.parallel, self.max_context = parallel, max_context
+        self.parallel = parallel
+        self.max_context = min(max_context, getattr(self.model.config, "max_position_embeddings", max_context))
         self.stops = frozenset(renderer.stop_ids)
         self.vocabulary = cast(nn.Linear, self.model.get_output_embeddings()).out_features
         self.grammars = Grammars(tokenizer, self.vocabulary, renderer.stop_ids)

@@ -207,8 +207,8 @@ class Renderer:
 
     def _check(self, message: Message, ids: list[int]) -> None:
         if message.token_ids and message.token_ids[-1] not in self.stop_ids:
-            raise _failure("untrained stop token", f"token_ids that end with {self._splitter.stop!r}", "a turn cut short",
-                           "set trained=false on it")  # fmt: skip
+            raise _failure("untrained stop token", f"token_ids that end with {self._splitter.stop!r}",
+                           "a turn cut short", "set trained=false on it")  # fmt: skip
         alien = [self._codec.names[token] for token in ids[:-1] if token in self._codec.names.keys() - self._agent_ids]
         if alien:
             raise _failure("trained context token", "an agent's turn of text and call marks only", repr(alien[0]),
@@ -217,8 +217,8 @@ class Renderer:
             raise _failure("no tool marks", "a chat template that renders tool calls as JSON", "one that does not",
                            "use a base with tool support")  # fmt: skip
         if message.reasoning and self.reasoning and self.format.reasoning is None:
-            raise _failure("no place for reasoning", "turns without reasoning, as this base's template has none",
-                           repr(message.reasoning[:60]), "drop it with Renderer(tokenizer, reasoning=False)")  # fmt: skip
+            raise _failure("no place for reasoning", "turns without any, as this base's template writes none",
+                           repr(message.reasoning[:60]), "drop it: Renderer(tokenizer, reasoning=False)")  # fmt: skip
         if message.token_ids:
             return
         parsed = self.parse(ids)

@@ -81,7 +81,7 @@ class Splitter:
         return text if stop else None
 
     def learn(self, conversations: Iterable[tuple[Sequence[Message], Objects, list[Json]]]) -> set[str]:
-        """See on probe conversations whether history is rewritten and full renders can be cut. Returns context marks."""
+        """See on probe conversations whether history is rewritten and full renders can be cut; the context's marks."""
         references = []
         for messages, objects, tools in conversations:
             try:
@@ -91,7 +91,11 @@ class Splitter:
             references.append((messages, objects, tools, stretches))
             self.stable = self.stable and len(stretches) == 1
         context = [
-            chunk.text for *_, stretches in references for part in stretches for chunk in part if not chunk.message
+            chunk.text
+            for *_, stretches in references
+            for number, part in enumerate(stretches)
+            for chunk in (part[1:] if number else part)  # a later stretch begins with turns of the one before
+            if not chunk.message
         ]
         for text in context:  # an opening is the last mark before a completion, and the rest of the line
             mark = next(reversed(list(self._marks.finditer(text))), None)
@@ -195,8 +199,8 @@ class Splitter:
         full = self._known(json.dumps([objects, tools]), False)
         if not full.startswith(prompt):
             raise RenderError(
-                f"no generation prompt: expected the assistant turn to begin with {prompt[-40:]!r}; got {full[-80:]!r}; "
-                "fix add_generation_prompt in the chat template"
+                f"no generation prompt: expected an assistant turn to begin with {prompt[-40:]!r}; got {full[-80:]!r};"
+                " fix add_generation_prompt in the chat template"
             )
         return full[len(prompt) :]
 

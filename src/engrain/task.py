@@ -1,4 +1,4 @@
-"""`Task`: a request, the state it starts from, and the faults that will hit it. Plain data, so tasks travel as JSONL."""
+"""`Task`: a request, the state it starts from and the faults that will hit it. Plain data, so tasks travel as JSONL."""
 
 from __future__ import annotations
 

@@ -116,8 +116,9 @@ def read_trajectories(path: Path) -> Iterator[Trajectory]:
     try:
         lines = path.open(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot read trajectories: {error.strerror}; make them with `engrain record`",
-                        file=str(path)) from error
+        raise DataError(
+            f"cannot read trajectories: {error.strerror}; make them with `engrain record`", file=str(path)
+        ) from error
     with lines:
         try:
             for number, line in enumerate(lines, 1):

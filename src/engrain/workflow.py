@@ -120,5 +120,7 @@ def load_workflow(path: Path) -> Workflow:
         raise WorkflowError(f"{file}: {where}{type(error).__name__}: {error}") from error
     workflow = getattr(module, "workflow", None)
     if not isinstance(workflow, Workflow):
-        raise WorkflowError(f"{file}: expected a module-level `workflow = Workflow(...)`, got {type(workflow).__name__}")
+        raise WorkflowError(
+            f"{file}: expected a module-level `workflow = Workflow(...)`, got {type(workflow).__name__}"
+        )
     return workflow

@@ -1,0 +1,280 @@
+"""Every command on real files; every mistake is one line on stderr with its exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from engrain.cli import invoke
+from engrain.trajectory import read_trajectories
+
+Capture = pytest.CaptureFixture[str]
+
+
+def ok(capsys: Capture, *arguments: object) -> str:
+    """stdout of a command that succeeds."""
+    capsys.readouterr()
+    code = invoke([str(argument) for argument in arguments])
+    done = capsys.readouterr()
+    assert code == 0, done.err
+    return done.out
+
+
+def refused(capsys: Capture, *arguments: object, code: int = 2) -> str:
+    """The one line of a command that fails."""
+    capsys.readouterr()
+    assert invoke([str(argument) for argument in arguments]) == code
+    done = capsys.readouterr()
+    lines = [line for line in done.err.strip().split("\n") if line.startswith("error: ")]
+    assert len(lines) == 1 and done.out == "" and "Traceback" not in done.err, done
+    return lines[0]
+
+
+# Commands
+
+
+def test_a_new_workflow_records_and_every_run_reaches_its_goal(tmp_path: Path, capsys: Capture) -> None:
+    ok(capsys, "new", tmp_path / "desk")
+    made = json.loads(ok(capsys, "record", tmp_path / "desk", "-o", tmp_path / "runs.jsonl", "-n", 30, "--json"))
+    assert made["kept"] == 30 and made["refused"] == {}
+    runs = list(read_trajectories(tmp_path / "runs.jsonl"))
+    assert {run.tenant for run in runs} == {"north", "south"}
+    lengths = {run.steps for run in runs}
+    assert lengths == {2, 3}  # some books are not lent: the rule about last copies matters
+    again = json.loads(ok(capsys, "record", tmp_path / "desk", "-o", tmp_path / "runs.jsonl", "-n", 30, "--json"))
+    assert again["resumed"] == 30
+    assert "already exists" in refused(capsys, "new", tmp_path / "desk")
+
+
+def test_every_split_of_the_new_workflow_can_be_recorded(library: Path, tmp_path: Path, capsys: Capture) -> None:
+    for split in ("train", "held_out"):
+        out = tmp_path / f"{split}.jsonl"
+        assert "12 of 12 runs" in ok(capsys, "record", library, "-o", out, "-n", 12, "--split", split)
+    assert "unknown split 'x'" in refused(capsys, "record", library, "-o", tmp_path / "x.jsonl", "--split", "x")
+
+
+def test_import_reads_several_formats_and_drops_duplicates(runs: Path, tmp_path: Path, capsys: Capture) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    packed = tmp_path / "chat.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(chat).encode()))
+    out = tmp_path / "all.jsonl"
+    made = json.loads(ok(capsys, "import", packed, runs, runs, "-o", out, "--json"))
+    assert made["written"] == len(list(read_trajectories(out))) and made["duplicates"] >= 40
+    ok(capsys, "import", runs, "-o", out, "--calls-only")
+    trained = [m for one in read_trajectories(out) for m in one.messages if m.role == "assistant" and m.trained]
+    assert trained and all(message.tool_calls for message in trained)
+
+
+def test_compile_run_adapter_eval(library: Path, runs: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+    agent = tmp_path / "agent"
+    made = json.loads(
+        ok(
+            capsys, "compile", library, "-o", agent, "--data", runs, "--base", tiny_base, "--tokens", 2000,
+            "--rank", 2, "--json",
+        )
+    )  # fmt: skip
+    assert made["kind"] == "lora" and made["config"]["rank"] == 2
+
+    trace = tmp_path / "trace.jsonl"
+    shown = ok(capsys, "run", agent, "Please lend me Emma.", "--tenant", "north", "--trace", trace)
+    assert "request" in shown and "steps," in shown
+    [run] = read_trajectories(trace)
+    assert run.tenant == "north" and run.messages[1].content == "Please lend me Emma."
+    done = json.loads(ok(capsys, "run", agent, "--sample", 1, "--json"))
+    assert done[0]["split"] == "held_out" and done[0]["outcome"]["success"] in (True, False)
+
+    ok(capsys, "adapter", agent, "-o", tmp_path / "peft")
+    assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert "already exists" in refused(capsys, "adapter", agent, "-o", tmp_path / "peft")
+    assert "not yet" in refused(capsys, "adapter", agent, "-o", tmp_path / "p2", "--context", "x.md").replace(
+        "cannot compile yet", "not yet"
+    )
+
+    evaluation = ("eval", agent, "--arms", "lora", "-n", 1, "--latency", 1, "--steps", 1, "-o", tmp_path / "report")
+    report = json.loads(ok(capsys, *evaluation, "--json"))
+    assert report["cells"]["lora"]["held_out"]["score"]["tasks"] == 1
+    assert "held_out" in ok(capsys, *evaluation) and (tmp_path / "report" / "report.md").exists()
+
+
+def test_base_show(tiny_base: Path, capsys: Capture) -> None:
+    facts = json.loads(ok(capsys, "base", "show", tiny_base, "--json"))
+    assert facts["architecture"] == "LlamaForCausalLM" and facts["licence"] == "apache-2.0"
+    assert facts["linear sites"] == 14
+    assert "A random model." in ok(capsys, "base", "show", tiny_base)
+
+
+def test_help_and_version(capsys: Capture) -> None:
+    shown = ok(capsys, "--help")
+    assert all(name in shown for name in ("new", "record", "import", "compile", "run", "adapter", "eval", "base"))
+    assert ok(capsys, "--version").startswith("engrain 0.")
+    assert "No such command" in refused(capsys, "frobnicate")
+    assert "Missing" in refused(capsys, "compile")
+    assert "--tokens" in refused(capsys, "compile", "w", "-o", "a", "--tokens", "-3")
+
+
+# Mistakes: one line, exit code 2, nothing written
+
+Break = Callable[[Path], None]
+
+
+def rewrite(name: str, old: str, new: str) -> Break:
+    def change(workflow: Path) -> None:
+        file = workflow / name
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    return change
+
+
+BROKEN: dict[str, tuple[Break, str]] = {
+    "missing": (lambda workflow: shutil.rmtree(workflow), "engrain new"),
+    "syntax": (rewrite("workflow.py", "def phase_of(", "def phase_of(("), "line 60: SyntaxError"),
+    "no object": (rewrite("workflow.py", "workflow = Workflow(", "flow = Workflow("), "expected a module-level"),
+    "wrong type": (rewrite("workflow.py", "    check=check,\n)", "    check=check,\n).name"), "got str"),
+    "unknown tool": (rewrite("workflow.py", '("find_book",)', '("find_film",)'), "'find_film'"),
+    "no docstring": (rewrite("workflow.py", '"""Lend one copy of a book.', '"""'), "lend_book"),
+    "tenant": (rewrite("tenants/north.md", '"\n---\n', '"\n'), "front matter"),
+    "tenant YAML": (rewrite("tenants/north.md", "name: north", "name: [north"), "not YAML"),
+    "no rules": (rewrite("tenants/north.md", "\n- ", "\n* "), "no rules"),
+    "teacher": (rewrite("workflow.py", '"lend_book", title=', '"find_book", title='), "no goal"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_workflow(case: str, library: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+    break_it, word = BROKEN[case]
+    workflow = shutil.copytree(library, tmp_path / "workflow")
+    if case == "teacher":  # it would ask for the wrong tool, but must not reach a goal anywhere
+        rewrite("workflow.py", "days(task)))", "days(task) + 1))")
+        rewrite("workflow.py", 'wrong = "" if library.loans == expected', 'wrong = "" if False')(workflow)
+    break_it(workflow)
+    arguments = ("compile", workflow, "-o", tmp_path / "agent", "--base", tiny_base, "--tokens", 2000)
+    assert word in refused(capsys, *arguments)
+    assert not (tmp_path / "agent").exists()
+
+
+def test_bad_files(library: Path, runs: Path, tiny_base: Path, agent: Path, tmp_path: Path, capsys: Capture) -> None:
+    compile_ = ("compile", library, "-o", tmp_path / "agent", "--tokens", 2000)
+    assert "make them with `engrain record`" in refused(capsys, *compile_, "--base", tiny_base, "--data", "gone.jsonl")
+    bad = tmp_path / "bad.jsonl"
+    line = runs.read_text().split("\n")[0]
+    bad.write_text(line + "\n" + line.replace('"role": "assistant"', '"role": "wizard"', 1) + "\n")
+    assert "bad.jsonl:2: field 'messages.2.role'" in refused(capsys, *compile_, "--base", tiny_base, "--data", bad)
+    shutil.rmtree(tmp_path / "agent.work", ignore_errors=True)
+
+    assert "no config.json" in refused(capsys, *compile_, "--data", runs, "--base", tmp_path / "nowhere")
+    shutil.rmtree(tmp_path / "agent.work", ignore_errors=True)
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "config.json").write_text("{}")
+    assert "cannot load the base" in refused(capsys, *compile_, "--data", runs, "--base", base)
+    assert "no config.json" in refused(capsys, "base", "show", tmp_path)
+    assert not (tmp_path / "agent").exists()
+
+    assert "made by `engrain compile`" in refused(capsys, "run", tmp_path, "hello")
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"id": "a", "request": 3}\n')
+    assert "tasks.jsonl:1: field 'request'" in refused(capsys, "run", agent, "--task", tasks)
+    assert "cannot read tasks" in refused(capsys, "run", agent, "--task", tmp_path / "gone.jsonl")
+    assert "unknown tenant 'west'" in refused(capsys, "run", agent, "hello", "--tenant", "west")
+    assert "expected one of" in refused(capsys, "run", agent)
+    assert "unknown split" in refused(capsys, "run", agent, "--sample", 1, "--split", "nowhere")
+    assert "--workflow" in refused(capsys, "run", agent, "hello", "--workflow", tmp_path / "gone")
+    assert "unknown arm" in refused(capsys, "eval", agent, "--arms", "magic", "-o", tmp_path / "report")
+    assert "not available yet" in refused(capsys, *compile_, "--to", "hypernetwork")
+    assert "URL" in refused(capsys, "record", library, "-o", tmp_path / "r.jsonl", "--teacher", "socrates")
+    assert "--model" in refused(
+        capsys, "record", library, "-o", tmp_path / "r.jsonl", "--teacher", "http://localhost:1"
+    )
+    bad.write_text("not JSON\n")
+    assert "bad.jsonl:1" in refused(capsys, "import", bad, "-o", tmp_path / "imported.jsonl")
+    assert not (tmp_path / "imported.jsonl").exists() and not (tmp_path / "report" / "report.json").exists()
+
+
+def test_a_damaged_checkpoint_is_named(
+    library: Path, runs: Path, tiny_base: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    command = ("compile", library, "-o", tmp_path / "agent", "--data", runs, "--base", tiny_base, "--tokens", 2000)
+    with monkeypatch.context() as patch:
+        patch.setattr("engrain.compile._save", interrupt)
+        assert "goes on from there" in refused(capsys, *command, code=130)
+    [tensors] = (tmp_path / "agent.work").rglob("step-*/tensors.safetensors")
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "is damaged" in refused(capsys, *command)
+    tensors.write_bytes(whole)
+    ok(capsys, *command)
+
+
+@pytest.mark.parametrize("command", ["record", "compile", "new", "import"])
+def test_a_full_disk(
+    command: str, library: Path, runs: Path, tiny_base: Path, tmp_path: Path, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Flushing fails, as it does when the last blocks are gone."""
+
+    def full(_: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    commands: dict[str, tuple[object, ...]] = {
+        "record": ("record", library, "-o", out, "-n", 3),
+        "compile": ("compile", library, "-o", out, "--data", runs, "--base", tiny_base, "--tokens", 2000),
+        "new": ("new", out),
+        "import": ("import", runs, "-o", out),
+    }
+    if command == "new":
+        monkeypatch.setattr("shutil.copytree", lambda *_, **__: full(0))
+    monkeypatch.setattr("os.fsync", full)
+    assert "No space left on device" in refused(capsys, *commands[command])
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_our_own_mistakes_are_one_line_too(
+    library: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("a bug\nof two lines")
+
+    monkeypatch.setattr("engrain.record.record", crash)
+    monkeypatch.delenv("ENGRAIN_DEBUG", raising=False)
+    line = refused(capsys, "record", library, "-o", tmp_path / "runs.jsonl", code=1)
+    assert line.startswith("error: RuntimeError: a bug of two lines; set ENGRAIN_DEBUG=1")
+    monkeypatch.setenv("ENGRAIN_DEBUG", "1")
+    assert invoke(["record", str(library), "-o", str(tmp_path / "runs.jsonl")]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_training_exits_130_and_the_same_command_goes_on(
+    library: Path, runs: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """A real process and a real signal."""
+    out = tmp_path / "agent"
+    command = [sys.executable, "-c", "from engrain.cli import main; main()", "compile", str(library), "-o", str(out)]
+    command += ["--data", str(runs), "--base", str(tiny_base), "--tokens", "400000", "--rank", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "agent.work" / "train" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    last = err.strip().split("\n")[-1]
+    assert last.startswith("error: interrupted") and "the same command goes on from there" in last
+    assert not out.exists() and list((tmp_path / "agent.work").rglob("step-*"))
