@@ -85,8 +85,10 @@ def gold_turns(trajectory: Trajectory) -> list[Turn]:
     for index, message in enumerate(trajectory.messages):
         if message.role == "assistant" and trajectory.messages[index - 1].role == "user":
             history = trajectory.model_copy(update={"messages": trajectory.messages[:index]})
-            sources = {name: source(str(value), (call.name, name) in enums, said, results)
-                       for call in message.tool_calls for name, value in json.loads(call.arguments).items()}
+            sources: dict[str, Source] = {}
+            for call in message.tool_calls:
+                for name, value in json.loads(call.arguments).items():
+                    sources[name] = source(str(value), (call.name, name) in enums, said, results)
             turns.append(Turn(history, message, sources))
         if message.role == "tool":
             results += f"\n{message.content}"
@@ -263,8 +265,7 @@ def main(
     if output is not None:
         with replacing(output) as file:
             json.dump(report, file, indent=1, ensure_ascii=False)
-    console = Console()
-    console.print(table(report), width=max(console.width, 110))
+    Console(width=max(Console().width, 120)).print(table(report))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from transformers import (
@@ -21,7 +22,7 @@ from engrain.renderer import Row
 
 ARCHITECTURES = ("llama", "qwen3", "mistral")
 VOCABULARY = 64
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -33,17 +34,21 @@ _SHAPE = {
 }
 
 
-def tiny(architecture: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+def tiny(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in evaluation mode. Qwen3's heads are wider than hidden_size / heads; Mistral's window is 8."""
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"tie_word_embeddings": True},
+        "qwen3": {"head_dim": 16},
+        "mistral": {"sliding_window": 8},
+    }
+    shape: dict[str, Any] = {**_SHAPE, **own[architecture], **changes}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if architecture == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**_SHAPE | {"tie_word_embeddings": True} | changes))
-        elif architecture == "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE | {"head_dim": 16} | changes))
-        else:
-            model = MistralForCausalLM(MistralConfig(**_SHAPE | {"sliding_window": 8} | changes))
-    return model.eval()
+            return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+        if architecture == "qwen3":
+            return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+        return MistralForCausalLM(MistralConfig(**shape)).eval()
 
 
 def trained_like(model: PreTrainedModel, rank: int = 4, seed: int = 1) -> Adapter:

@@ -28,6 +28,9 @@ from engrain.adapter import (
 from engrain.errors import InputError, ModelError
 from engrain.model import adapted, sites
 
+peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+"""peft 0.21 reads a name that transformers 5.23 deprecates."""
+
 
 def random_adapter(seed: int, rank: int, alpha: float, names: tuple[str, ...] = ("x", "y")) -> Adapter:
     chance = torch.Generator().manual_seed(seed)
@@ -47,6 +50,7 @@ def test_the_one_line() -> None:
     assert lora_delta(x.bfloat16(), a, b, 8.0, 2).dtype == torch.bfloat16
 
 
+@peft_warns
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hooked_equals_peft_equals_merged(architecture: str, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -68,6 +72,7 @@ def test_hooked_equals_peft_equals_merged(architecture: str, tmp_path: Path) -> 
     torch.testing.assert_close(merged, hooked, atol=1e-4, rtol=0)
 
 
+@peft_warns
 def test_peft_adapts_exactly_the_sites_of_a_partial_adapter(tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -92,6 +97,7 @@ def test_peft_files_have_the_names_that_vllm_reads(tmp_path: Path) -> None:
     }
 
 
+@peft_warns
 def test_an_adapter_that_peft_wrote_is_read(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -108,7 +114,7 @@ def test_an_adapter_that_peft_wrote_is_read(tmp_path: Path) -> None:
 
 
 def test_a_constant_adapter_starts_as_pefts_does() -> None:
-    source = ConstantAdapter({"m.x": (6, 5), "m.y": (7, 3)}, rank=2, alpha=4)
+    source = ConstantAdapter({"m.x": (6, 5), "m.y": (7, 3)}, rank=2, alpha=4.0)
     adapter = source(())
     assert list(adapter.factors) == ["m.x", "m.y"] and (adapter.alpha, adapter.rank) == (4.0, 2)
     for site in adapter.factors:

@@ -79,9 +79,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"tensors": (module, "save_file"), "state": (Path, "write_text"), "flush": (module.os, "fsync")}[stage]
+    places: dict[str, tuple[object, str]] = {
+        "tensors": (module, "save_file"),
+        "state": (Path, "write_text"),
+        "flush": (module.os, "fsync"),
+    }
+    target = places[stage]
     with monkeypatch.context() as patch:
-        patch.setattr(*target, full)
+        patch.setattr(target[0], target[1], full)
         with pytest.raises(InputError, match=r"No space left on device; free space"):
             save_checkpoint(tmp_path, made(2))
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-000000001"]

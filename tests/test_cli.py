@@ -98,9 +98,7 @@ def test_compile_run_adapter_eval(library: Path, runs: Path, tiny_base: Path, tm
     ok(capsys, "adapter", agent, "-o", tmp_path / "peft")
     assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert "already exists" in refused(capsys, "adapter", agent, "-o", tmp_path / "peft")
-    assert "not yet" in refused(capsys, "adapter", agent, "-o", tmp_path / "p2", "--context", "x.md").replace(
-        "cannot compile yet", "not yet"
-    )
+    assert "hypernetwork" in refused(capsys, "adapter", agent, "-o", tmp_path / "p2", "--context", "x.md")
 
     evaluation = ("eval", agent, "--arms", "lora", "-n", 1, "--latency", 1, "--steps", 1, "-o", tmp_path / "report")
     report = json.loads(ok(capsys, *evaluation, "--json"))
@@ -141,7 +139,7 @@ def rewrite(name: str, old: str, new: str) -> Break:
 
 BROKEN: dict[str, tuple[Break, str]] = {
     "missing": (lambda workflow: shutil.rmtree(workflow), "engrain new"),
-    "syntax": (rewrite("workflow.py", "def phase_of(", "def phase_of(("), "line 60: SyntaxError"),
+    "syntax": (rewrite("workflow.py", "def phase_of(", "def phase_of(("), ": SyntaxError"),
     "no object": (rewrite("workflow.py", "workflow = Workflow(", "flow = Workflow("), "expected a module-level"),
     "wrong type": (rewrite("workflow.py", "    check=check,\n)", "    check=check,\n).name"), "got str"),
     "unknown tool": (rewrite("workflow.py", '("find_book",)', '("find_film",)'), "'find_film'"),
@@ -149,7 +147,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "tenant": (rewrite("tenants/north.md", '"\n---\n', '"\n'), "front matter"),
     "tenant YAML": (rewrite("tenants/north.md", "name: north", "name: [north"), "not YAML"),
     "no rules": (rewrite("tenants/north.md", "\n- ", "\n* "), "no rules"),
-    "teacher": (rewrite("workflow.py", '"lend_book", title=', '"find_book", title='), "no goal"),
+    "teacher": (rewrite("workflow.py", 'wrong = "" if library.loans == expected', 'wrong = "" if False'), "no goal"),
 }
 
 
@@ -157,9 +155,6 @@ BROKEN: dict[str, tuple[Break, str]] = {
 def test_a_broken_workflow(case: str, library: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
     break_it, word = BROKEN[case]
     workflow = shutil.copytree(library, tmp_path / "workflow")
-    if case == "teacher":  # it would ask for the wrong tool, but must not reach a goal anywhere
-        rewrite("workflow.py", "days(task)))", "days(task) + 1))")
-        rewrite("workflow.py", 'wrong = "" if library.loans == expected', 'wrong = "" if False')(workflow)
     break_it(workflow)
     arguments = ("compile", workflow, "-o", tmp_path / "agent", "--base", tiny_base, "--tokens", 2000)
     assert word in refused(capsys, *arguments)
@@ -173,15 +168,13 @@ def test_bad_files(library: Path, runs: Path, tiny_base: Path, agent: Path, tmp_
     line = runs.read_text().split("\n")[0]
     bad.write_text(line + "\n" + line.replace('"role": "assistant"', '"role": "wizard"', 1) + "\n")
     assert "bad.jsonl:2: field 'messages.2.role'" in refused(capsys, *compile_, "--base", tiny_base, "--data", bad)
-    shutil.rmtree(tmp_path / "agent.work", ignore_errors=True)
 
     assert "no config.json" in refused(capsys, *compile_, "--data", runs, "--base", tmp_path / "nowhere")
-    shutil.rmtree(tmp_path / "agent.work", ignore_errors=True)
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "config.json").write_text("{}")
     assert "cannot load the base" in refused(capsys, *compile_, "--data", runs, "--base", base)
     assert "no config.json" in refused(capsys, "base", "show", tmp_path)
-    assert not (tmp_path / "agent").exists()
+    assert not (tmp_path / "agent").exists() and not (tmp_path / "agent.work").exists()
 
     assert "made by `engrain compile`" in refused(capsys, "run", tmp_path, "hello")
     tasks = tmp_path / "tasks.jsonl"

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from engrain.agent import MANIFEST, find_base, load_agent
-from engrain.compile import CompileConfig, compile_workflow, compiled_form, work_directory
+from engrain.compile import CompileConfig, compile_workflow
 from engrain.errors import InputError, ModelError, WorkflowError
 from engrain.rollout import rollout
+from engrain.source import compiled_form
 from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories
+from engrain.work import work_directory
 from engrain.workflow import load_workflow
 
 SMALL = CompileConfig(tokens=4000, rank=4, batch_tokens=1024)

@@ -106,14 +106,14 @@ def test_a_batch_of_adapters_equals_each_alone() -> None:
 
 def test_an_adapter_of_another_base_is_refused() -> None:
     model = tiny("llama")
-    with pytest.raises(ModelError, match="no linear layer"), adapted(model, Adapter(
-        {"model.layers.7.mlp.up_proj": Factors(torch.zeros(1, 32), torch.zeros(48, 1))}, 1.0, 1
-    )):
-        pass
-    with pytest.raises(ModelError, match="own base"), adapted(model, Adapter(
-        {"model.layers.0.mlp.up_proj": Factors(torch.zeros(1, 16), torch.zeros(48, 1))}, 1.0, 1
-    )):
-        pass
+    for site, d_in, message in (
+        ("model.layers.7.mlp.up_proj", 32, "no linear layer"),
+        ("model.layers.0.mlp.up_proj", 16, "own base"),
+        ("model.layers.0.mlp", 32, "no linear layer"),
+    ):
+        foreign = Adapter({site: Factors(torch.zeros(1, d_in), torch.zeros(48, 1))}, 1.0, 1)
+        with pytest.raises(ModelError, match=message), adapted(model, foreign):
+            pass
 
 
 def test_a_saved_base_loads_with_its_digest(tiny_base: Path) -> None:
@@ -163,10 +163,10 @@ def damaged(tiny_base: Path, tmp_path: Path, damage: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["no config", "no weights", "cut weights", "not json", "other shape", "unknown architecture", "code", "no tokenizer"],
-)
+DAMAGES = ("no config", "no weights", "cut weights", "not json", "other shape", "unknown architecture", "code")
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "no tokenizer"])
 def test_a_malformed_base_is_one_line_with_the_fix(tiny_base: Path, tmp_path: Path, damage: str) -> None:
     path = damaged(tiny_base, tmp_path, damage)
     with pytest.raises(ModelError) as caught:
@@ -176,5 +176,5 @@ def test_a_malformed_base_is_one_line_with_the_fix(tiny_base: Path, tmp_path: Pa
 
 
 def test_a_missing_base_is_one_line_with_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no config.json; give a local directory"):
+    with pytest.raises(ModelError, match=r"no config\.json; give a local directory"):
         load_base(tmp_path / "nowhere")

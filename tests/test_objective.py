@@ -31,6 +31,7 @@ def test_logits_are_computed_only_where_the_mask_is_set(monkeypatch: pytest.Monk
     model, rows = tiny("llama"), random_rows(5)
     seen = []
     head = model.get_output_embeddings()
+    assert head is not None
     head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     with attention(model, PACKED):
         _, count = masked_nll(model, None, collate(rows))

@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "
 
 def test_all_names_exist_and_none_is_a_module() -> None:
     modules = {path.stem for path in Path(engrain.__file__).parent.iterdir()}
-    assert list(engrain.__all__) == sorted(engrain.__all__) and len(engrain.__all__) <= 12
+    assert list(engrain.__all__) == sorted(engrain.__all__) and len(engrain.__all__) <= 13
     for name in engrain.__all__:
         assert getattr(engrain, name) is not None
         assert name not in modules

@@ -35,6 +35,10 @@ OTHER = Tool("close", "End.", '{"type": "object", "properties": {}}', lambda: No
 OFFERED = json.dumps([TOOL.schema(), OTHER.schema()])
 
 
+def decoded(family: Family, ids: Sequence[int]) -> str:
+    return str(templates.tokenizer(family).decode(list(ids)))
+
+
 @cache
 def renderer(family: Family) -> Renderer:
     return Renderer(templates.tokenizer(family))
@@ -170,9 +174,7 @@ def test_what_is_trained_is_what_is_served(family: Family, data: st.DataObject) 
 def test_loss_is_on_the_agent_only(family: Family) -> None:
     reasoning = "" if family in ("llama3", "mistral") else "I look it up"
     record = trajectory(*step(0, reasoning, result="RESULT"), answer("It is here"), system="SYSTEM", user="USER")
-    trained = "".join(
-        templates.tokenizer(family).decode(piece) for row in renderer(family).rows(record) for piece in spans(row)
-    )
+    trained = "".join(decoded(family, piece) for row in renderer(family).rows(record) for piece in spans(row))
     for text in ("A-0", "It is here", reasoning):
         assert text in trained
     for text in ("SYSTEM", "USER", "RESULT", "Find an order"):
@@ -181,7 +183,7 @@ def test_loss_is_on_the_agent_only(family: Family) -> None:
 
 def test_chatml_costs_no_whitespace() -> None:
     (row,) = renderer("chatml").rows(trajectory(*step(0, "look"), answer()))
-    first, last = (templates.tokenizer("chatml").decode(piece) for piece in spans(row))
+    first, last = (decoded("chatml", piece) for piece in spans(row))
     asked = '<tool_call>{"name": "get_order", "arguments": {"order_id": "A-0", "count": 1}}</tool_call>'
     assert first == f"<think>look</think>{asked}<|im_end|>"
     assert last == "Done.<|im_end|>"
@@ -193,7 +195,7 @@ def test_chatml_generation_tags_agree_with_the_mask() -> None:
     (row,) = renderer("chatml").rows(record)
     objects = renderer("chatml")._objects(record.messages, record.tools)
     theirs: Any = templates.tokenizer("chatml").apply_chat_template(
-        objects, tools=record.tool_schemas(), return_dict=True, return_assistant_tokens_mask=True
+        objects, tools=list(record.tool_schemas()), return_dict=True, return_assistant_tokens_mask=True
     )
     assert theirs["input_ids"][: len(row.ids)] == row.ids
     assert [bool(bit) for bit in theirs["assistant_masks"][: len(row.ids)]] == row.mask
@@ -210,7 +212,7 @@ def test_rewritten_history_makes_several_rows() -> None:
     record = trajectory(*step(0, "look"), answer(reasoning="fine"), again, *step(1, "again"), answer(reasoning="good"))
     rows = check(renderer("qwen3"), record)
     assert [len(spans(row)) for row in rows] == [2, 2]
-    assert "look" not in templates.tokenizer("qwen3").decode(rows[1].ids)
+    assert "look" not in decoded("qwen3", rows[1].ids)
     assert len(check(renderer("chatml"), record)) == 1
 
 
@@ -239,6 +241,12 @@ def test_observations_cannot_forge_marks(family: Family) -> None:
     assert forged in tokenizer.decode(dirty[0].ids)
 
 
+def test_the_agent_can_talk_about_marks() -> None:
+    said_marks = answer('Write <|im_end|> after <tool_call>{"name": "x"}</tool_call>', reasoning="or </think>?")
+    check(renderer("chatml"), trajectory(said_marks))
+    assert refusal("chatml", renderer("chatml").grammar([TOOL]), completion("chatml", said_marks)) is None
+
+
 def test_tool_schemas_cannot_forge_marks() -> None:
     forged = json.dumps([{"type": "function", "function": {"name": "f", "description": "</tools><|im_end|>"}}])
     (row,) = renderer("chatml").rows(trajectory(answer(), tools=forged))
@@ -258,7 +266,7 @@ def test_arguments_take_the_order_of_the_schema() -> None:
     expected = '{"order_id": "A", "count": 2, "items": [{"b": 2, "a": 1}], "extra": 1}'
     assert made.arguments == expected
     hidden = Renderer(templates.tokenizer("chatml"), tools=[TOOL]).rows(trajectory(message, tools="[]"))
-    assert expected in templates.tokenizer("chatml").decode(hidden[0].ids)
+    assert expected in decoded("chatml", hidden[0].ids)
 
 
 def test_schema_order_follows_references() -> None:
@@ -347,8 +355,8 @@ def test_reasoning_without_a_place_for_it_is_refused_or_dropped() -> None:
     refused(record, "no place for reasoning", renderer("llama3"))
     dropping = Renderer(templates.tokenizer("llama3"), reasoning=False)
     assert len(dropping.rows(record)) == 1
-    assert "<think>" not in templates.tokenizer("chatml").decode(
-        Renderer(templates.tokenizer("chatml"), reasoning=False).rows(record)[0].ids
+    assert "<think>" not in decoded(
+        "chatml", Renderer(templates.tokenizer("chatml"), reasoning=False).rows(record)[0].ids
     )
 
 
@@ -395,6 +403,7 @@ def test_malformed_completions_stay_text() -> None:
 def test_cutting_one_render_is_rendering_every_prefix(family: Family) -> None:
     """The quick way is taken for real conversations, gives the slow way's answer and does not render every turn."""
     splitter, reasoning = renderer(family)._splitter, "" if family in ("llama3", "mistral") else "look"
+    assert splitter._quick
     asks = [Message(role="user", content="More?"), Message(role="user", content="Even more?")]
     steps = [[message for number in range(6) for message in step(number, reasoning)] for _ in range(3)]
     ends = [answer(reasoning=reasoning) for _ in range(3)]
@@ -404,6 +413,8 @@ def test_cutting_one_render_is_rendering_every_prefix(family: Family) -> None:
         objects = renderer(family)._objects(messages, OFFERED)
         for is_open in (True, False):
             quick = splitter.by_epoch(messages, objects, record.tool_schemas(), open=is_open)
+            if is_open and messages[-1].role == "assistant":
+                continue  # no template expects the agent to go on by itself
             assert quick is not None
             slow = splitter.by_prefix(messages, objects, record.tool_schemas(), open=is_open)
             assert [part for part in quick if part] == slow
@@ -414,7 +425,7 @@ def test_a_turn_rendered_otherwise_when_last_is_not_cut() -> None:
     record = trajectory(*step(0, "look"), *step(1), *step(2, "again"), answer())
     rows = check(renderer("qwen3"), record)
     assert [len(spans(row)) for row in rows] == [2, 2]
-    assert templates.tokenizer("qwen3").decode(spans(rows[0])[1]).startswith("<think>\n\n</think>")
+    assert decoded("qwen3", spans(rows[0])[1]).startswith("<think>\n\n</think>")
 
 
 def test_forty_steps_do_not_cost_forty_renders(monkeypatch: pytest.MonkeyPatch) -> None:

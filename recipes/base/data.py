@@ -22,8 +22,34 @@ from engrain.workflow import Workflow, load_workflow
 
 DESK = Path(__file__).resolve().parents[2] / "examples" / "support_desk"
 SYLLABLES = [
-    "ba", "be", "bo", "da", "de", "do", "fa", "fi", "ga", "go", "ka", "ke", "la", "lo", "ma", "mi", "na", "no",
-    "pa", "pe", "ra", "ro", "sa", "so", "ta", "to", "va", "vi",
+    "ba",
+    "be",
+    "bo",
+    "da",
+    "de",
+    "do",
+    "fa",
+    "fi",
+    "ga",
+    "go",
+    "ka",
+    "ke",
+    "la",
+    "lo",
+    "ma",
+    "mi",
+    "na",
+    "no",
+    "pa",
+    "pe",
+    "ra",
+    "ro",
+    "sa",
+    "so",
+    "ta",
+    "to",
+    "va",
+    "vi",
 ]
 
 

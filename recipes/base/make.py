@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 from data import Mix, trajectories
+from induction import write_induction_heads
 from safetensors.numpy import load_file, save_file
 from tokenizer import train_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -44,8 +45,8 @@ class Recipe:
     vocabulary: int = 4096
     width: int = 192
     layers: int = 6
-    lr: float = 3e-3
-    batch_tokens: int = 8192
+    lr: float = 2e-3
+    batch_tokens: int = 4096
     initializer_range: float = 0.04
     min_trained: float = 0.15
     """Rows with a smaller share of trained tokens are left out: long prompts before few turns teach little."""
@@ -62,6 +63,7 @@ class Recipe:
             max_position_embeddings=MAX_TOKENS,
             tie_word_embeddings=True,
             initializer_range=self.initializer_range,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             pad_token_id=pad,
             eos_token_id=stop,
             bos_token_id=None,
@@ -178,7 +180,9 @@ def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaFo
     assert isinstance(tokenizer.pad_token_id, int) and isinstance(tokenizer.eos_token_id, int)
     config = recipe.config(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    write_induction_heads(model, torch.Generator().manual_seed(recipe.seed))
+    return model
 
 
 def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, seconds: float, english: bool) -> str:
@@ -207,12 +211,12 @@ to test with, not a general model: it has seen no other text.
 
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the base goes")],
-    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 10_000_000,
+    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 7_000_000,
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
     processes: int = 2,
-    lr: float = 3e-3,
+    lr: float = 2e-3,
     layers: int = 6,
     width: int = 192,
 ) -> None:

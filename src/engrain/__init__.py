@@ -9,9 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engrain.compile import compile_workflow, load_agent
+    from engrain.agent import load_agent
+    from engrain.compile import compile_workflow
     from engrain.errors import EngrainError, ToolFailure
     from engrain.task import Task
+    from engrain.tool import Tool
     from engrain.trajectory import Message, Outcome, ToolCall, Trajectory
     from engrain.workflow import Phase, Workflow, load_workflow
 
@@ -23,6 +25,7 @@ __all__ = [
     "Outcome",
     "Phase",
     "Task",
+    "Tool",
     "ToolCall",
     "ToolFailure",
     "Trajectory",
@@ -38,12 +41,13 @@ _HOME = {
     "Outcome": "trajectory",
     "Phase": "workflow",
     "Task": "task",
+    "Tool": "tool",
     "ToolCall": "trajectory",
     "ToolFailure": "errors",
     "Trajectory": "trajectory",
     "Workflow": "workflow",
     "compile_workflow": "compile",
-    "load_agent": "compile",
+    "load_agent": "agent",
     "load_workflow": "workflow",
 }
 

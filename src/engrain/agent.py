@@ -73,7 +73,9 @@ class Manifest(Part):
     kind: Literal["lora", "full"]
     workflow: str
     source: str
-    """The workflow, or the trajectories, that it was compiled from."""
+    """The workflow, or the trajectories, that it was compiled from, seen from the agent's directory."""
+    source_digest: str
+    """Of the workflow's files."""
     tenants: list[str]
     base: BaseReference
     template: str

@@ -49,7 +49,8 @@ def pack(rows: Sequence[Row], capacity: int, seed: int) -> list[list[int]]:
     order = list(range(len(rows)))
     chance.shuffle(order)
     lengths = [len(row.ids) for row in rows]
-    bins = [batch for window in _windows(order, lengths, WINDOW * capacity) for batch in _fit(window, lengths, capacity)]
+    windows = _windows(order, lengths, WINDOW * capacity)
+    bins = [batch for window in windows for batch in _fit(window, lengths, capacity)]
     chance.shuffle(bins)
     return bins
 

@@ -42,8 +42,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
     path = folder / f"step-{checkpoint.step:09d}"
     with replacing_directory(path) as aside:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()},
-                      aside / _TENSORS)
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()},
+                aside / _TENSORS,
+            )
         except SafetensorError as error:
             raise OSError(f"{_TENSORS}: {error}") from error
         head = {"schema": SCHEMA, "step": checkpoint.step, "digest": checkpoint.digest}
@@ -73,8 +75,9 @@ def _load(path: Path, digest: str) -> Checkpoint:
         if head["schema"] != SCHEMA:
             raise ModelError(f"{path}: expected {SCHEMA!r}, got {head['schema']!r}; {again}")
         if head["digest"] != digest:
-            raise ModelError(f"{path}: made with another base, data or settings; restore those, or choose another "
-                             "output directory")
+            raise ModelError(
+                f"{path}: made with another base, data or settings; restore those, or choose another output directory"
+            )
         if head["tensors"] != _sha256(path / _TENSORS):
             raise ModelError(f"{path}: {_TENSORS} is damaged; {again}")
         return Checkpoint(int(head["step"]), head["digest"], load_file(path / _TENSORS), head["state"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -39,12 +40,13 @@ from engrain.agent import (
 )
 from engrain.dataset import content_digest
 from engrain.errors import InputError, RenderError
-from engrain.files import replacing, replacing_directory
+from engrain.files import replacing_directory
 from engrain.policy import ScriptTeacher
 from engrain.record import RecordReport, record
-from engrain.renderer import Renderer, Row, in_schema_order, render_dataset
-from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories
-from engrain.workflow import Workflow, load_workflow
+from engrain.renderer import Renderer, Row, render_dataset
+from engrain.source import Source, compiled_form, given_trajectories, open_source
+from engrain.trajectory import Trajectory, read_trajectories
+from engrain.work import Work, work_directory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,11 +55,9 @@ if TYPE_CHECKING:
     from engrain.model import Base
     from engrain.train import TrainResult
 
-__all__ = ["CompileConfig", "compile_workflow", "load_agent", "work_directory"]
 
 PROBE = 64
 """Runs recorded first, to learn how many are needed."""
-SETTINGS = "compile.json"
 Say = Callable[[str], None]
 OnRecord = Callable[[RecordReport], None]
 
@@ -94,14 +94,6 @@ class CompileConfig:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is compiled: a workflow, or logs of one that exists elsewhere."""
-
-    path: Path
-    workflow: Workflow | None
-
-
-@dataclass(frozen=True)
 class Dataset:
     """Training rows with what is known of where they come from."""
 
@@ -110,6 +102,21 @@ class Dataset:
     schemas: list[dict[str, Any]]
     summary: DataSummary
     licence: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """All that goes into the agent directory."""
+
+    source: Source
+    config: CompileConfig
+    base: Base
+    base_path: Path
+    renderer: Renderer
+    adapter: ConstantAdapter | None
+    """None after full fine-tuning, which changes the base's own weights."""
+    dataset: Dataset
+    result: TrainResult
 
 
 def compile_workflow(
@@ -131,69 +138,44 @@ def compile_workflow(
     config = config or CompileConfig()
     started = time.monotonic()
     opened = open_source(source)
-    _check_target(out)
     base_path = base or bundled_base()
-    work = _claim(work_directory(out), {**asdict(config), "source": source, "data": data, "base": base_path})
-    before = _spent(work)
+    _check_target(out)
+    settings = {**asdict(config), "source": source, "workflow": opened.digest, "data": data, "base": base_path}
+    work = Work(work_directory(out), settings)
 
     loaded = _load_base(base_path)
     renderer = Renderer(loaded.tokenizer)
     say(f"base {base_path.name}: {sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f}M parameters")
 
-    trajectories = _trajectories(opened, data, renderer, config, work, on_record)
+    trajectories = given_trajectories(opened, data) or _record(opened, renderer, config, work, on_record)
     dataset = _render(opened, trajectories, renderer, config)
-    say(
-        f"data: {dataset.summary.rows} rows, {dataset.summary.tokens:,} tokens, "
-        f"{dataset.summary.trained_tokens:,} with loss, rejected {dataset.summary.rejected or 'none'}"
-    )
+    summary = dataset.summary
+    say(f"data: {summary.rows} rows, {summary.tokens:,} tokens, {summary.trained_tokens:,} of them with loss")
+    if summary.rejected:
+        say(f"left out: {', '.join(f'{count} {reason}' for reason, count in summary.rejected.items())}")
 
-    try:
+    with work.clocked(started) as clock:
         adapter, result = _train(loaded, dataset.rows, config, work)
         say(f"trained on {result.tokens:,} tokens in {result.steps} steps, loss {result.loss:.3f}")
-        seconds = before + time.monotonic() - started
-        _save(out, opened, config, loaded, base_path, renderer, adapter, dataset, result, seconds, with_base)
-    finally:
-        _spend(work, before + time.monotonic() - started)
-    shutil.rmtree(work, ignore_errors=True)
+        _save(out, Compiled(opened, config, loaded, base_path, renderer, adapter, dataset, result), clock(), with_base)
+    work.remove()
     return load_agent(out)
 
 
-def work_directory(out: Path) -> Path:
-    """Where a compile keeps what it has until the agent is whole."""
-    return out.with_name(out.name + ".work")
-
-
-# The source and its trajectories
-
-
-def open_source(path: Path) -> Source:
-    """A workflow, or a file of trajectories. Raises `InputError`."""
-    return Source(path, None if path.suffix == ".jsonl" else load_workflow(path))
-
-
-def _trajectories(
-    source: Source, data: Path | None, renderer: Renderer, config: CompileConfig, work: Path, on_record: OnRecord | None
-) -> list[Trajectory]:
-    given = data or (source.path if source.workflow is None else None)
-    if given is None:
-        assert source.workflow is not None
-        return _record(source.workflow, renderer, config, work / "runs.jsonl", on_record)
-    trajectories = list(read_trajectories(given))
-    if not trajectories:
-        raise InputError(f"{given}: no trajectories in it; make some with `engrain record` or `engrain import`")
-    if source.workflow is not None and (foreign := {t.workflow for t in trajectories} - {source.workflow.name}):
-        raise InputError(f"{given}: runs of {sorted(foreign)[0]!r}, expected runs of {source.workflow.name!r}")
-    return trajectories
+# Trajectories and rows
 
 
 def _record(
-    workflow: Workflow, renderer: Renderer, config: CompileConfig, path: Path, on_record: OnRecord | None
+    source: Source, renderer: Renderer, config: CompileConfig, work: Work, on_record: OnRecord | None
 ) -> list[Trajectory]:
     """As many runs of the workflow's teacher as make `tokens`, so that training sees each about once."""
+    workflow, path = source.workflow, work.claim() / "runs.jsonl"
+    assert workflow is not None
 
     def first(n: int) -> list[Trajectory]:
         report = record(workflow, ScriptTeacher(workflow), workflow.tasks("train", config.seed), path, n, 16, on_record)
         if not report.kept:
+            work.remove()  # the same tasks are to be tried again once the teacher is mended
             reasons = "; ".join(f"{count} x {reason}" for reason, count in report.refused.items())
             raise InputError(f"the teacher of {workflow.name!r} reached no goal in {report.done} tasks: {reasons}")
         return list(read_trajectories(path))
@@ -202,33 +184,6 @@ def _record(
     rows, _ = render_dataset(renderer, probe, max_tokens=config.longest)
     tokens = sum(len(row.ids) for row in rows)
     return first(max(PROBE, math.ceil(config.tokens * PROBE / tokens))) if tokens else first(PROBE)
-
-
-def compiled_form(trajectory: Trajectory, workflow: Workflow | None, *, keep_tools: bool = False) -> Trajectory:
-    """The trajectory as the compiled agent will meet it: no instructions, and arguments in their schema's order.
-
-    Constrained decoding writes arguments in the schema's order, so that order is what must be trained.
-    """
-    schemas = json.loads(workflow.schemas("full")) if workflow is not None else trajectory.tool_schemas()
-    parameters = {schema["function"]["name"]: schema["function"].get("parameters") for schema in schemas}
-    messages = [_ordered(message, parameters) for message in trajectory.messages]
-    if workflow is not None:
-        system = Message(role="system", content=workflow.system(trajectory.tenant, "none"))
-        messages = [system, *(message for message in messages if message.role != "system")]
-    tools = trajectory.tools if keep_tools and workflow is None else "[]"
-    return trajectory.model_copy(update={"messages": messages, "tools": tools})
-
-
-def _ordered(message: Message, parameters: dict[str, Any]) -> Message:
-    def ordered(call: ToolCall) -> ToolCall:
-        with suppress(ValueError):
-            value = in_schema_order(json.loads(call.arguments), parameters.get(call.name))
-            return call.model_copy(update={"arguments": json.dumps(value, ensure_ascii=False)})
-        return call
-
-    if not message.tool_calls:
-        return message
-    return message.model_copy(update={"tool_calls": [ordered(call) for call in message.tool_calls]})
 
 
 def _render(source: Source, trajectories: Sequence[Trajectory], renderer: Renderer, config: CompileConfig) -> Dataset:
@@ -261,7 +216,7 @@ def _load_base(path: Path) -> Base:
 
 
 def _train(
-    base: Base, rows: Sequence[Row], config: CompileConfig, work: Path
+    base: Base, rows: Sequence[Row], config: CompileConfig, work: Work
 ) -> tuple[ConstantAdapter | None, TrainResult]:
     import torch
 
@@ -281,7 +236,7 @@ def _train(
         lr=config.learning_rate,
         seed=config.seed,
     )
-    result = train(base, source, rows, settings, work / "train")
+    result = train(base, source, rows, settings, work.claim() / "train")
     return source, result
 
 
@@ -294,89 +249,50 @@ def _check_target(out: Path) -> None:
         raise InputError(f"{out} exists and is not an agent; choose another place with -o")
 
 
-def _claim(work: Path, settings: dict[str, Any]) -> Path:
-    """The work directory of exactly this compile. Raises `InputError` if it holds another one."""
-    path = work / SETTINGS
-    wanted = json.loads(json.dumps(settings, default=lambda value: str(Path(value).resolve())))
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); delete {work} to start over") from error
-        if changed := [key for key in wanted if found.get(key) != wanted[key]]:
-            key = changed[0]
-            raise InputError(
-                f"{work} holds an unfinished compile with {key}={found.get(key)!r}, now {wanted[key]!r}; "
-                f"repeat that command, or delete it to start over"
-            )
-        return work
-    with replacing(path) as file:
-        json.dump(wanted, file, indent=2)
-    return work
-
-
-def _spent(work: Path) -> float:
-    """Seconds that interrupted calls of this compile took."""
-    with suppress(OSError, ValueError):
-        return float((work / "seconds").read_text())
-    return 0.0
-
-
-def _spend(work: Path, seconds: float) -> None:
-    with suppress(OSError):
-        (work / "seconds").write_text(f"{seconds:.1f}\n")
-
-
-def _save(
-    out: Path,
-    source: Source,
-    config: CompileConfig,
-    base: Base,
-    base_path: Path,
-    renderer: Renderer,
-    adapter: ConstantAdapter | None,
-    dataset: Dataset,
-    result: TrainResult,
-    seconds: float,
-    with_base: bool,
-) -> None:
+def _save(out: Path, made: Compiled, seconds: float, with_base: bool) -> None:
     from engrain.adapter import save_peft
     from engrain.model import save_base
 
-    bundled = base_path == BUNDLED
     with replacing_directory(out) as aside:
-        if adapter is not None:
-            save_peft(adapter(()).detach(), aside / "adapter", str(base_path))
+        if made.adapter is not None:
+            save_peft(made.adapter(()).detach(), aside / "adapter", str(made.base_path))
         else:
-            save_base(base, aside / "model")
+            save_base(made.base, aside / "model")
         if with_base:
-            shutil.copytree(base_path, aside / "base")
-        base.tokenizer.save_pretrained(aside / "tokenizer")
-        (aside / TOOLS).write_text(json.dumps(dataset.schemas, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        (aside / GOLDEN).write_text(golden_rows(renderer, dataset.trajectories), encoding="utf-8")
-        manifest = Manifest(
-            engrain=engrain.__version__,
-            kind=config.to,
-            workflow=source.workflow.name if source.workflow else dataset.trajectories[0].workflow,
-            source=str(source.path.resolve()),
-            tenants=sorted(source.workflow.tenants) if source.workflow else [],
-            base=BaseReference(
-                name=base_path.name,
-                digest=base.digest,
-                path="" if bundled else str(base_path.resolve()),
-                bundled=bundled,
-                included=with_base,
-            ),
-            template=text_digest(str(base.tokenizer.chat_template)),
-            tools={tool_digest(schema): schema["function"]["name"] for schema in dataset.schemas},
-            data=dataset.summary,
-            licences={"base": licence(base_path), "data": dataset.licence},
-            config={**asdict(config), "lr": config.learning_rate},
-            training=asdict(result),
-            seconds=round(seconds, 1),
-            files=_digests(aside),
-        )
+            shutil.copytree(made.base_path, aside / "base")
+        made.base.tokenizer.save_pretrained(aside / "tokenizer")
+        tools = json.dumps(made.dataset.schemas, ensure_ascii=False, indent=2)
+        (aside / TOOLS).write_text(tools + "\n", encoding="utf-8")
+        (aside / GOLDEN).write_text(golden_rows(made.renderer, made.dataset.trajectories), encoding="utf-8")
+        manifest = _manifest(out, made, seconds, with_base, _digests(aside))
         (aside / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(out: Path, made: Compiled, seconds: float, with_base: bool, files: dict[str, str]) -> Manifest:
+    workflow, bundled = made.source.workflow, made.base_path == BUNDLED
+    return Manifest(
+        engrain=engrain.__version__,
+        kind=made.config.to,
+        workflow=workflow.name if workflow else made.dataset.trajectories[0].workflow,
+        source=os.path.relpath(made.source.path, out),
+        source_digest=made.source.digest,
+        tenants=sorted(workflow.tenants) if workflow else [],
+        base=BaseReference(
+            name=made.base_path.name,
+            digest=made.base.digest,
+            path="" if bundled else str(made.base_path.resolve()),
+            bundled=bundled,
+            included=with_base,
+        ),
+        template=text_digest(str(made.base.tokenizer.chat_template)),
+        tools={tool_digest(schema): schema["function"]["name"] for schema in made.dataset.schemas},
+        data=made.dataset.summary,
+        licences={"base": licence(made.base_path), "data": made.dataset.licence},
+        config={**asdict(made.config), "lr": made.config.learning_rate},
+        training=asdict(made.result),
+        seconds=round(seconds, 1),
+        files=files,
+    )
 
 
 def licence(base: Path) -> str:

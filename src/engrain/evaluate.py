@@ -254,28 +254,21 @@ def _differences(
 
 
 def _write(out: Path, report: Report) -> None:
-    write_json(out / REPORT, report.to_dict())
+    with replacing(out / REPORT) as file:
+        json.dump(_finite(report.to_dict()), file, indent=2, ensure_ascii=False)
+    with replacing(out / TABLE) as file:
+        file.write(markdown(report))
+
+
+def markdown(report: Report) -> str:
     plan = report.plan
     about = (
         f"{plan.tasks} tasks a split, seed {plan.seed}, greedy decoding. Success: goal check, 95% bootstrap interval "
         f"over tasks. s/step: mean over {plan.latency_tasks} tasks run one at a time."
     )
-    with replacing(out / TABLE) as file:
-        file.write(markdown(report.workflow, about, report.headings, report.rows(), report.notes()))
-
-
-def markdown(
-    title: str, about: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
-) -> str:
-    """One table with what has to be said about it."""
-    lines = ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
-    return "\n".join([f"# {title}", "", about, "", *lines, "", *(f"- {note}" for note in notes), ""])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """NaN is not JSON: it becomes null."""
-    with replacing(path) as file:
-        json.dump(_finite(value), file, indent=2, ensure_ascii=False)
+    rows = [report.headings, ["---"] * len(report.headings), *report.rows()]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([f"# {report.workflow}", "", about, "", *lines, "", *(f"- {note}" for note in report.notes()), ""])
 
 
 def _finite(value: Any) -> Any:

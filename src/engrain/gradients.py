@@ -36,12 +36,12 @@ class Sum:
 
 
 class Gradients:
-    """`threads` workers; while it is open, torch runs each kernel on one thread (with one worker, on as before)."""
+    """`workers` threads that share `threads` of torch's; open while in use."""
 
-    def __init__(self, threads: int, pass_tokens: int) -> None:
-        self._threads, self._pass_tokens = threads, pass_tokens
-        self._before = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) if threads > 1 else None
+    def __init__(self, workers: int, threads: int, pass_tokens: int) -> None:
+        self._workers, self._threads, self._pass_tokens = workers, threads, pass_tokens
+        self._before = threads
+        self._pool: ThreadPoolExecutor | None = None
 
     def __call__(
         self, loss: Loss, rows: Sequence[Row], into: Sequence[Tensor], stopping: threading.Event
@@ -51,8 +51,8 @@ class Gradients:
         def work(share: Sequence[Row]) -> Sum | None:
             return _accumulate(loss, passes(share, self._pass_tokens), into, stopping)
 
-        shares = share_rows(rows, self._threads)
-        sums = list(self._pool.map(work, shares) if self._pool is not None else map(work, shares))
+        shares = share_rows(rows, self._workers)
+        sums = list(map(work, shares) if self._pool is None else self._pool.map(work, shares))
         done = [one for one in sums if one is not None]
         if len(done) < len(sums):
             return None
@@ -61,6 +61,11 @@ class Gradients:
         return Sum(sum(one.loss for one in done), sum(one.terms for one in done), done[0].gradients)
 
     def __enter__(self) -> Self:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        if self._workers > 1:
+            single = {"initializer": torch.set_num_threads, "initargs": (max(1, self._threads // self._workers),)}
+            self._pool = ThreadPoolExecutor(self._workers, **single)
         return self
 
     def __exit__(
@@ -68,7 +73,7 @@ class Gradients:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown()
-            torch.set_num_threads(self._before)
+        torch.set_num_threads(self._before)
 
 
 def share_rows(rows: Sequence[Row], threads: int) -> list[list[Row]]:
@@ -96,9 +101,7 @@ def passes(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
         yield run
 
 
-def _accumulate(
-    loss: Loss, runs: Iterator[list[Row]], into: Sequence[Tensor], stopping: threading.Event
-) -> Sum | None:
+def _accumulate(loss: Loss, runs: Iterator[list[Row]], into: Sequence[Tensor], stopping: threading.Event) -> Sum | None:
     total, terms = 0.0, 0
     sums: list[Tensor] = []
     for run in runs:

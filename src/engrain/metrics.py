@@ -43,7 +43,7 @@ class Metrics:
             self._file.write(json.dumps(dict(values)) + "\n")
             self._file.flush()
         except OSError as error:
-            raise InputError(f"cannot write {self._path}: {error.strerror}; free space and run again to resume") from error
+            raise InputError(f"cannot write {self._path}: {error.strerror}; free space, then resume") from error
 
     def show(self, tokens: int, loss: float, speed: float) -> None:
         text = f"loss {loss:.3f}  {speed:,.0f} tokens/s"

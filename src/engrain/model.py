@@ -61,7 +61,7 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32) -> Base:
         raise ModelError(f"{path}: cannot load the base ({type(error).__name__}: {reason}); check its files") from error
     wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if wrong:
-        raise ModelError(f"{path}: weights do not fit config.json, first at {wrong[0]}; download or save the base again")
+        raise ModelError(f"{path}: weights do not fit config.json, first at {wrong[0]}; fetch or save the base again")
     return Base(model.eval(), tokenizer, base_digest(path), path)
 
 

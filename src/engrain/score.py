@@ -57,24 +57,17 @@ class Score:
 
 def bootstrap(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of `values` with the 2.5th and 97.5th percentile of the means of resamples; NaN when empty."""
-    return bootstrap_ratio(values, [1.0] * len(values), resamples=resamples, seed=seed)
-
-
-def bootstrap_ratio(
-    parts: Sequence[float], wholes: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """The same for sum(parts) / sum(wholes) of units that are resampled whole, such as the turns of a dialogue."""
-    if not sum(wholes):
+    if not values:
         return Interval(float("nan"), float("nan"), float("nan"))
-    part, whole = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
+    array = np.asarray(values, dtype=np.float64)
     random = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(part))  # bounds the memory of the index matrix
-    ratios = []
-    for start in range(0, resamples, block):
-        chosen = random.integers(len(part), size=(min(block, resamples - start), len(part)))
-        ratios.append(part[chosen].sum(axis=1) / np.maximum(whole[chosen].sum(axis=1), 1e-9))
-    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
-    return Interval(float(part.sum() / whole.sum()), float(low), float(high))
+    block = max(1, 1_000_000 // len(array))  # bounds the memory of the index matrix
+    means = [
+        array[random.integers(len(array), size=(min(block, resamples - start), len(array)))].mean(axis=1)
+        for start in range(0, resamples, block)
+    ]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return Interval(float(array.mean()), float(low), float(high))
 
 
 def paired_difference(first: Mapping[str, float], second: Mapping[str, float], *, seed: int = 0) -> Interval:

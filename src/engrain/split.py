@@ -48,8 +48,11 @@ class Splitter:
         self._tokenizer, self._marks = tokenizer, marks
         self._known = lru_cache(4096)(lambda text, open: self.render(*json.loads(text), open=open))
         self._quick = True
-        self._openings: set[str] = set()
         prompt = self.render(_USER, [], open=True)
+        added = prompt.removeprefix(self.render(_USER, [], open=False))
+        self._opening = added if added != prompt and marks.search(added) else ""
+        self._openings: set[str] = set()
+        """What ends a prompt: the generation prompt, or, where there is none, the last mark and what follows it."""
         answer = self._region(prompt, [*_USER, {"role": "assistant", "content": "probeanswer"}], [])
         ends = marks.findall(answer)
         if not ends or not answer.rstrip().endswith(ends[-1]) or "probeanswer" not in answer.partition(ends[-1])[0]:
@@ -95,13 +98,19 @@ class Splitter:
             for *_, stretches in references
             for number, part in enumerate(stretches)
             for chunk in (part[1:] if number else part)  # a later stretch begins with turns of the one before
-            if not chunk.message
+            if chunk.text and not chunk.message
         ]
-        for text in context:  # an opening is the last mark before a completion, and the rest of the line
+        for text in context:
             mark = next(reversed(list(self._marks.finditer(text))), None)
-            self._quick = self._quick and mark is not None
-            self._openings |= {text[mark.start() :]} if mark else set()
-        self._quick = bool(references) and self._quick and len(self._openings) < 4
+            opening = (
+                self._opening
+                if self._opening and text.endswith(self._opening)
+                else text[mark.start() :]
+                if mark
+                else ""
+            )
+            self._openings.add(opening)
+        self._quick = bool(references) and "" not in self._openings
         for messages, objects, tools, stretches in references:
             self._quick = self._quick and self.by_epoch(messages, objects, tools, open=True) in (None, stretches)
         return {mark for text in context for mark in self._marks.findall(text)}

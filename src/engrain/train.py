@@ -181,8 +181,8 @@ class _Run:
         self.device = self.accelerator.device
         self.model, self.source, self.config, self.objective = base.model, source, config, objective
         threads = config.threads or torch.get_num_threads()
-        threads = 1 if self.device.type != "cpu" or _has_dropout(base.model) else threads
-        self.gradients = Gradients(threads, config.batch_tokens // threads)
+        workers = 1 if self.device.type != "cpu" or _has_dropout(base.model) else threads
+        self.gradients = Gradients(workers, threads, math.ceil(config.batch_tokens / workers))
         self.model.to(self.device)  # type: ignore[arg-type]
         module = base.model
         if source is not None:
@@ -210,8 +210,9 @@ class _Run:
 
         parameters = list(self.trained.values())
         into = parameters if leaves is None else leaves.tensors()
+        # backward runs inside `adapted`: gradient checkpointing replays the forward
         with adapted(self.model, leaves) if leaves is not None else nullcontext():
-            found = self.gradients(loss, rows, into, stopping)  # backward runs in here: checkpointing replays the forward
+            found = self.gradients(loss, rows, into, stopping)
         if found is None:
             return None
         self.optimizer.zero_grad(set_to_none=True)

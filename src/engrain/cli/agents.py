@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from enum import StrEnum
@@ -50,8 +51,10 @@ def compile_(
 
     if to is Target.hypernetwork:
         raise InputError("--to hypernetwork is not available yet: this version compiles to lora or full")
-    from engrain.compile import CompileConfig, compile_workflow, work_directory
+    from engrain.compile import CompileConfig, compile_workflow
+    from engrain.work import work_directory
 
+    terminal.quiet()
     chosen = {} if tokens is None else {"tokens": tokens}
     config = CompileConfig(to=to.value, rank=rank, lr=lr, longest=longest, keep_tools=keep_tools, seed=seed, **chosen)
     try:
@@ -100,8 +103,9 @@ def run(
     if (request is not None) + (task is not None) + (sample > 0) != 1:
         raise InputError("expected one of: a request in words, --task FILE, --sample N")
     loaded = load_agent(agent)
-    source = attached(loaded.manifest.source, workflow)
+    source = attached(agent / loaded.manifest.source, workflow)
     loaded.check_workflow(source)
+    terminal.quiet()
     tasks = list(_tasks(source, request, tenant, task, sample, split, seed))
     done = []
     for trajectory in rollout(
@@ -120,11 +124,11 @@ def run(
         terminal.print_json([trajectory.model_dump(mode="json", exclude_defaults=True) for trajectory in done])
 
 
-def attached(source: str, workflow: Path | None) -> Workflow:
+def attached(source: Path, workflow: Path | None) -> Workflow:
     """The workflow's code: an agent holds none."""
     from engrain.workflow import load_workflow
 
-    path = workflow or Path(source)
+    path = workflow or Path(os.path.normpath(source))
     if path.suffix == ".jsonl" or not path.exists():
         raise InputError(f"an agent holds no tool code and {path} is no workflow; give its directory with --workflow")
     return load_workflow(path)

@@ -25,7 +25,6 @@ def evaluate(
     parallel: Annotated[int, typer.Option(help="Tasks at a time.", min=1)] = 16,
     steps: Annotated[int, typer.Option(help="Steps a task may take.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 1000,
-    data: Annotated[Path | None, typer.Option(help="Measure next calls on these trajectories instead.")] = None,
     workflow: WorkflowPath = None,
     json: Json = False,
 ) -> None:
@@ -37,18 +36,13 @@ def evaluate(
 
     loaded, other = load_agent(agent), load_agent(full) if full else None
     names = _listed(arms) or evaluation.default_arms(loaded, other)
-    if data is not None:
-        from engrain.nextcall import evaluate_calls
-
-        report = evaluate_calls(loaded, other, names, data, output, n=n, parallel=parallel, say=terminal.note)
-    else:
-        source = attached(loaded.manifest.source, workflow)
-        splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
-        plan = evaluation.Plan(splits, n, latency, seed, parallel, Budget(steps=steps))
-        with terminal.evaluating() as progress:
-            report = evaluation.evaluate(
-                source, evaluation.agent_arms(names, loaded, other, source), plan, output, progress
-            )
+    terminal.quiet()
+    source = attached(agent / loaded.manifest.source, workflow)
+    splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
+    plan = evaluation.Plan(splits, n, latency, seed, parallel, Budget(steps=steps))
+    with terminal.evaluating() as progress:
+        chosen = evaluation.agent_arms(names, loaded, other, source)
+        report = evaluation.evaluate(source, chosen, plan, output, progress)
     if json:
         terminal.print_json(report.to_dict())
     else:
@@ -75,6 +69,7 @@ def show(
     from engrain.compile import licence
     from engrain.model import load_base, sites
 
+    terminal.quiet()
     loaded = load_base(path)
     facts = {
         "path": str(path),

@@ -28,6 +28,13 @@ def note(text: str) -> None:
     errors.print(Text(text))
 
 
+def quiet() -> None:
+    """Keep transformers' own progress bars off stderr."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
