@@ -59,7 +59,7 @@ def test_score_counts_calls_steps_and_reasons() -> None:
         [
             run("a", True, step, failed, answer),
             run("b", False, step, refused, answer, reason="budget: steps"),
-            run("c", False, cut, reason="budget: steps"),
+            run("c", False, cut, reason="budget: steps (64)"),
         ]
     )
     assert (result.tasks, result.calls, result.steps) == (3, 2, 5 / 3)

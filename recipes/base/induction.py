@@ -3,8 +3,8 @@
 Copying identifiers is what a tool user does most, and a small model spends most of a short training on discovering how.
 So it starts from a random model into which the known circuit is written; training is free to change all of it.
 
-- Layer 0: each head looks a fixed number of tokens back, by rotary position alone, and writes what it finds there into a
-  subspace of its own (`seen[h]`), which the embeddings leave free.
+- Layer 0: each head looks a fixed number of tokens back, by rotary position alone, and writes what it finds there into
+  a subspace of its own (`seen[h]`), which the embeddings leave free.
 - Layer 1: each head looks for the place whose preceding tokens are the current ones (the last one, two or three tokens,
   by head) and copies the token that stands there into the prediction.
 """

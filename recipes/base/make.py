@@ -28,9 +28,11 @@ from engrain.files import replacing, replacing_directory
 from engrain.model import Base, save_base
 from engrain.renderer import Renderer, Row
 from engrain.train import TrainConfig, TrainResult, train
+from engrain.trajectory import Trajectory
 
 MAX_TOKENS = 4096
 PER_CHUNK = 500
+TOKENIZER_TRAJECTORIES = 1500
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,17 @@ class Rows(Sequence[Row]):
 def tokenizer_texts(count: int, seed: int) -> Iterator[str]:
     """What the tokenizer learns from: our format, and nothing of the held-out parts."""
     for trajectory in trajectories(seed, count):
-        for message in trajectory.messages:
-            yield f"<|im_start|>{message.role}\n{message.content}"
-            yield message.reasoning
-            for call in message.tool_calls:
-                yield f'{{"name": "{call.name}", "arguments": {call.arguments}}}'
-        if trajectory.tools != "[]":
-            yield trajectory.tools
+        yield from texts_of(trajectory)
+
+
+def texts_of(trajectory: Trajectory) -> Iterator[str]:
+    for message in trajectory.messages:
+        yield f"<|im_start|>{message.role}\n{message.content}"
+        yield message.reasoning
+        for call in message.tool_calls:
+            yield f'{{"name": "{call.name}", "arguments": {call.arguments}}}'
+    if trajectory.tools != "[]":
+        yield trajectory.tools
 
 
 def english_texts(folder: Path) -> Iterator[str]:
@@ -167,7 +173,7 @@ def make_rows(work: Path, recipe: Recipe, processes: int) -> Rows:
 def make_tokenizer(work: Path, recipe: Recipe, english: Path | None) -> PreTrainedTokenizerBase:
     folder = work / "tokenizer"
     if not folder.exists():
-        texts = list(tokenizer_texts(1500, seed=recipe.seed * 100_000))
+        texts = list(tokenizer_texts(TOKENIZER_TRAJECTORIES, seed=recipe.seed * 100_000))
         if english is not None:
             texts += english_texts(english)
         with replacing_directory(folder) as aside:
@@ -197,7 +203,8 @@ pipeline_tag: text-generation
 
 A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on trajectories
 of the support desk (`examples/support_desk`) for tenants invented at random. It is a starting point to compile on and
-to test with, not a general model: it has seen no other text.
+to test with, not a general model: it has seen no other text. Its first two layers start as induction heads
+(`recipes/base/induction.py`), so that it can copy identifiers from the first step on.
 
 - Data: {len(rows):,} generated rows, {len(rows.ids):,} tokens, {int(rows.mask.sum()):,} of them with loss. Never the
   tenants in `examples/support_desk/tenants`, never the held-out request wording. Other text: {words}.
@@ -215,13 +222,14 @@ def main(
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
+    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 30_000,
     processes: int = 2,
     lr: float = 2e-3,
     layers: int = 6,
     width: int = 192,
 ) -> None:
     started = time.monotonic()
-    recipe = Recipe(tokens=tokens, seed=seed, lr=lr, layers=layers, width=width)
+    recipe = Recipe(tokens, trajectories, seed, lr=lr, layers=layers, width=width)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(work, recipe, english)
     rows = make_rows(work, recipe, processes)

@@ -57,7 +57,7 @@ class Gradients:
         if len(done) < len(sums):
             return None
         for other in done[1:]:
-            torch._foreach_add_(done[0].gradients, other.gradients)
+            _add(done[0].gradients, other.gradients)
         return Sum(sum(one.loss for one in done), sum(one.terms for one in done), done[0].gradients)
 
     def __enter__(self) -> Self:
@@ -110,8 +110,13 @@ def _accumulate(loss: Loss, runs: Iterator[list[Row]], into: Sequence[Tensor], s
         value, count = loss(collate(run).to(into[0].device))
         gradients = torch.autograd.grad(value, into, allow_unused=True, materialize_grads=True)
         if sums:
-            torch._foreach_add_(sums, gradients)
+            _add(sums, gradients)
         else:
             sums = list(gradients)
         total, terms = total + value.item(), terms + count
     return Sum(total, terms, sums)
+
+
+def _add(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for total, gradient in zip(sums, gradients, strict=True):
+        total.add_(gradient)

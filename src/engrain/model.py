@@ -52,9 +52,10 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32) -> Base:
         raise ModelError(f"{path}: no *.safetensors weights; convert the base to safetensors (pickles are not read)")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # transformers raises anything from KeyError to SafetensorError on a malformed directory
         reason = str(error).strip().split("\n")[0][:200]
@@ -112,7 +113,7 @@ def adapted(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 @contextmanager
 def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Within the block, the model uses another attention implementation, such as `PACKED` or `sdpa`."""
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "eager"
     try:
         model.set_attn_implementation(implementation)
         yield

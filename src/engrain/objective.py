@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from engrain.adapter import Adapter
 from engrain.batch import Packed
+from engrain.errors import ModelError
 from engrain.model import packed_hidden
 
 
@@ -34,7 +35,10 @@ def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"
 
     Not covered: architectures that transform hidden states between decoder and head in some other way.
     """
-    config, logits = model.config, model.get_output_embeddings()(hidden)
+    config, head = model.config, model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head; use a causal language model as base")
+    logits = head(hidden)
     logits = logits * getattr(config, "logit_scale", None) if getattr(config, "logit_scale", None) else logits
     logits = logits / config.logits_scaling if getattr(config, "logits_scaling", None) else logits
     cap = getattr(config, "final_logit_softcapping", None)

@@ -86,11 +86,11 @@ def successes(trajectories: Iterable[Trajectory]) -> dict[str, float]:
 
 
 def reason(trajectory: Trajectory) -> str:
-    """Why a trajectory failed, short enough to count by."""
+    """Why a trajectory failed, short enough to count by: what stands in brackets is detail."""
     if trajectory.outcome is None:
         return "no outcome"
     if trajectory.outcome.reason:
-        return trajectory.outcome.reason.splitlines()[0][:120]
+        return trajectory.outcome.reason.splitlines()[0].partition(" (")[0][:120]
     return ", ".join(name for name, passed in trajectory.outcome.checks.items() if not passed) or "goal not reached"
 
 

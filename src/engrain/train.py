@@ -218,8 +218,10 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         mean, count = found.loss / max(found.terms, 1), float(max(found.terms, 1))
         torch.autograd.backward(into if adapter is None else adapter.tensors(), found.gradients)
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], count)
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.config.clip))
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(count)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise InputError(f"loss {mean} with gradient norm {norm}; lower lr (now {lr:.2g}) and resume")
         for group in self.optimizer.param_groups:
@@ -233,13 +235,13 @@ class _Run:
         before = self.model.training
         self.model.train()
         if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         try:
             with attention(self.model, PACKED), self.gradients:
                 yield
         finally:
             if self.config.gradient_checkpointing:
-                self.model.gradient_checkpointing_disable()
+                self.model.activation_checkpointing_disable()
             self.model.train(before)
             self.optimizer.zero_grad(set_to_none=True)
 
