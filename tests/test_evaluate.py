@@ -95,7 +95,7 @@ def test_another_evaluation_is_not_mixed_in(workflow: Workflow, tmp_path: Path) 
 
 
 def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 1000)  # an untrained model rambles on
+    monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 780)  # an untrained model rambles on
     loaded = load_agent(agent)
     names = default_arms(loaded, None)
     assert names == ["base", "prompt", "lora"]

@@ -1,0 +1,209 @@
+"""The learner: the parts of a training run that have state, which are the parameters, their optimizer and their device.
+
+Invariant: a step either happens whole or changes nothing, and `checkpoint` holds all that a later step depends on.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engrain.batch import Packed
+from engrain.checkpoint import Checkpoint
+from engrain.errors import InputError
+from engrain.gradients import Gradients, keep_freed_memory
+from engrain.model import PACKED, Base, adapted, attention
+from engrain.objective import Objective
+
+if TYPE_CHECKING:
+    from engrain.renderer import Row
+
+Probe = Callable[[int, PreTrainedModel], Mapping[str, Any]]
+"""Called between steps with (step, model), in eval mode with plain attention; what it returns is logged."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The main dial is `tokens`; the rest has defaults that work for small models."""
+
+    tokens: int
+    """Tokens to train on in all, prompts included; rows come again in new order as often as needed."""
+    batch_tokens: int = 8192
+    """Capacity of one packed batch."""
+    accumulate: int = 1
+    """Batches an optimizer step."""
+    lr: float = 1e-3
+    warmup: float = 0.03
+    """Share of the tokens during which the learning rate rises; then it falls as a cosine to a tenth."""
+    weight_decay: float = 0.1
+    """On matrices that are not embeddings; never on norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Trained parameters are fp32 either way."""
+    gradient_checkpointing: bool = False
+    checkpoint_every_s: float = 120.0
+    checkpoint_every_steps: int | None = None
+    probe_every_s: float | None = None
+    probe_every_steps: int | None = None
+    threads: int | None = None
+    """On CPU, rows are shared among so many threads; None takes torch's number. Another number rounds otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "accumulate", "lr"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"training needs {name} > 0, got {getattr(self, name)}")
+        if self.precision not in ("bf16", "fp32"):
+            raise InputError(f"precision must be bf16 or fp32, got {self.precision!r}")
+
+    def lr_at(self, tokens: int) -> float:
+        """Learning rate when `tokens` have been seen."""
+        done = min(1.0, tokens / self.tokens)
+        if done < self.warmup:
+            return self.lr * done / self.warmup
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup))))
+
+
+@dataclass
+class Position:
+    """Where a run stands between two steps; `bin` is the next batch of `epoch`."""
+
+    step: int = 0
+    tokens: int = 0
+    epoch: int = 0
+    bin: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+
+
+class Learner:
+    """The parts of a run that have state: device, parameters, optimizer."""
+
+    def __init__(self, base: Base, source: nn.Module | None, config: TrainConfig, objective: Objective) -> None:
+        keep_freed_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier run in this process fixes precision
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],  # the cache of casts is shared by threads
+        )
+        self.device = self.accelerator.device
+        self.model, self.source, self.config, self.objective = base.model, source, config, objective
+        threads = config.threads or torch.get_num_threads()
+        workers = 1 if self.device.type != "cpu" or _has_dropout(base.model) else threads
+        self.gradients = Gradients(workers, threads, math.ceil(config.batch_tokens / workers))
+        self.model.to(self.device)  # type: ignore[arg-type]
+        module = base.model
+        if source is not None:
+            base.model.requires_grad_(False)
+            module = source.to(self.device)
+        module.float().requires_grad_(True)
+        self.trained = dict(module.named_parameters())
+        plain = {id(base.model.get_input_embeddings().weight), *(id(p) for p in self.trained.values() if p.dim() < 2)}
+        groups = [
+            {"params": [p for p in self.trained.values() if id(p) not in plain], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.trained.values() if id(p) in plain], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+    def step(self, rows: Sequence[Row], lr: float, stopping: threading.Event) -> tuple[float, float] | None:
+        """One optimizer step over rows: mean loss and gradient norm, or None if asked to stop before its end."""
+        adapter = self.source(()) if self.source is not None else None
+        leaves = adapter.detach() if adapter is not None else None
+        for factor in leaves.tensors() if leaves is not None else ():
+            factor.requires_grad_()
+
+        def loss(batch: Packed) -> tuple[Tensor, int]:
+            with self.accelerator.autocast():
+                return self.objective(self.model, leaves, batch)
+
+        parameters = list(self.trained.values())
+        into = parameters if leaves is None else leaves.tensors()
+        # backward runs inside `adapted`: gradient checkpointing replays the forward
+        with adapted(self.model, leaves) if leaves is not None else nullcontext():
+            found = self.gradients(loss, rows, into, stopping)
+        if found is None:
+            return None
+        self.optimizer.zero_grad(set_to_none=True)
+        mean, count = found.loss / max(found.terms, 1), float(max(found.terms, 1))
+        torch.autograd.backward(into if adapter is None else adapter.tensors(), found.gradients)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(count)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            raise InputError(f"loss {mean} with gradient norm {norm}; lower lr (now {lr:.2g}) and resume")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return mean, norm
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Train mode, packed attention, threads and gradient checkpointing within the block."""
+        before = self.model.training
+        self.model.train()
+        if self.config.gradient_checkpointing:
+            _checkpointing(self.model, "enable")({"use_reentrant": False})
+        try:
+            with attention(self.model, PACKED), self.gradients:
+                yield
+        finally:
+            if self.config.gradient_checkpointing:
+                _checkpointing(self.model, "disable")()
+            self.model.train(before)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def look(self, probe: Probe, step: int) -> dict[str, Any]:
+        """What a probe returns; it cannot disturb the run's random numbers."""
+        self.model.eval()
+        with torch.random.fork_rng(), torch.no_grad(), attention(self.model, "sdpa"):
+            values = dict(probe(step, self.model))
+        self.model.train()
+        return values
+
+    def checkpoint(self, at: Position, digest: str) -> Checkpoint:
+        tensors = {"random/cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        for name, parameter in self.trained.items():
+            tensors[f"parameter/{name}"] = parameter
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return Checkpoint(at.step, digest, tensors, asdict(at))
+
+    def restore(self, checkpoint: Checkpoint) -> Position:
+        tensors = dict(checkpoint.tensors)
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in keys
+                }
+        return Position(**checkpoint.state)
+
+
+def _checkpointing(model: PreTrainedModel, action: Literal["enable", "disable"]) -> Callable[..., None]:
+    """transformers 5.23 renamed these methods."""
+    new, old = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
+    return getattr(model, new if hasattr(model, new) else old)
+
+
+def _has_dropout(model: PreTrainedModel) -> bool:
+    """Whether a forward draws random numbers, whose order threads would disturb."""
+    return any(value for name, value in model.config.to_dict().items() if "drop" in name and isinstance(value, float))
