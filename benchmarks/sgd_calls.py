@@ -72,15 +72,21 @@ def load_arms(path: Path) -> dict[str, Arm]:
         ]
     else:
         base = load_base(path)
-        arms = [Arm("base", lambda: base, lambda: Renderer(base.tokenizer)),
-                Arm("base+tools", lambda: base, lambda: Renderer(base.tokenizer), tools_in_prompt=True)]
+        arms = [
+            Arm("base", lambda: base, lambda: Renderer(base.tokenizer)),
+            Arm("base+tools", lambda: base, lambda: Renderer(base.tokenizer), tools_in_prompt=True),
+        ]
     return {arm.name: arm for arm in arms}
 
 
 def gold_turns(trajectory: Trajectory) -> list[Turn]:
     """Every assistant turn that follows a user turn: the others (answers after a result) cannot be calls in SGD."""
-    enums = {(tool["function"]["name"], name) for tool in trajectory.tool_schemas()
-             for name, value in tool["function"]["parameters"]["properties"].items() if "enum" in value}
+    enums = {
+        (tool["function"]["name"], name)
+        for tool in trajectory.tool_schemas()
+        for name, value in tool["function"]["parameters"]["properties"].items()
+        if "enum" in value
+    }
     turns, said, results = [], "", ""
     for index, message in enumerate(trajectory.messages):
         if message.role == "assistant" and trajectory.messages[index - 1].role == "user":
@@ -108,8 +114,10 @@ def source(value: str, categorical: bool, said: str, results: str) -> Source:
 
 def offered(trajectory: Trajectory) -> list[Tool]:
     """The dialogue's tools, for the grammar; they are never run."""
-    return [Tool(f["name"], f["description"], json.dumps(f["parameters"]), _never)
-            for f in (schema["function"] for schema in trajectory.tool_schemas())]
+    return [
+        Tool(f["name"], f["description"], json.dumps(f["parameters"]), _never)
+        for f in (schema["function"] for schema in trajectory.tool_schemas())
+    ]
 
 
 def _never(**arguments: Any) -> None:
@@ -145,8 +153,11 @@ def decode(arm: Arm, turns: Sequence[Turn], *, parallel: int, max_new: int, max_
         batch = order[first : first + parallel]
         for number, completion in zip(batch, engine.decode([requests[number] for number in batch]), strict=True):
             generated += len(completion.ids)
-            got[number] = renderer.parse(completion.ids) if not completion.error else Message(
-                role="assistant", error=completion.error)
+            got[number] = (
+                renderer.parse(completion.ids)
+                if not completion.error
+                else Message(role="assistant", error=completion.error)
+            )
     engine.close()
     prompt_tokens = sum(len(request.prompt) for request in requests.values())
     return Decoded(got, prompt_tokens, generated, len(turns) - len(requests), time.perf_counter() - started)
@@ -179,21 +190,35 @@ def measure(calls: Sequence[Turn], answers: Sequence[Turn], decoded: Decoded) ->
         spurious += len(have.keys() - want.keys())
         for name, value in want.items():
             right[turn.sources[name]][have.get(name) == value] += 1
-    arguments = {kind: {"accuracy": right[kind][True] / max(1, right[kind].total()), "count": right[kind].total()}
-                 for kind in SOURCES}
+    arguments = {
+        kind: {"accuracy": right[kind][True] / max(1, right[kind].total()), "count": right[kind].total()}
+        for kind in SOURCES
+    }
     return {
-        "exact": vars(ratio(exact, dialogues)), "hits": exact,
+        "exact": vars(ratio(exact, dialogues)),
+        "hits": exact,
         "method": vars(ratio(methods, dialogues)),
         "called": float(np.mean([bool(got.tool_calls) for got in got_calls])),
-        "arguments": arguments, "spurious_arguments": spurious,
-        "false_calls": vars(ratio([float(bool(got.tool_calls)) for got in got_answers],
-                                  [turn.history.id for turn in answers])),
-        "unfinished": dict(Counter(got.error for got in decoded.turns if got.error)), "overlong": decoded.overlong,
+        "arguments": arguments,
+        "spurious_arguments": spurious,
+        "false_calls": vars(
+            ratio([float(bool(got.tool_calls)) for got in got_answers], [turn.history.id for turn in answers])
+        ),
+        "unfinished": dict(Counter(got.error for got in decoded.turns if got.error)),
+        "overlong": decoded.overlong,
         "prompt_tokens": decoded.prompt_tokens / max(1, len(decoded.turns) - decoded.overlong),
-        "completion_tokens": decoded.completion_tokens, "seconds": decoded.seconds,
-        "errors": [{"dialogue": turn.history.id, "said": turn.history.messages[-1].content,
-                    "gold": _shown(turn.gold), "got": _shown(got)}
-                   for turn, got, hit in zip(calls, got_calls, exact, strict=True) if not hit][:ERRORS_SHOWN],
+        "completion_tokens": decoded.completion_tokens,
+        "seconds": decoded.seconds,
+        "errors": [
+            {
+                "dialogue": turn.history.id,
+                "said": turn.history.messages[-1].content,
+                "gold": _shown(turn.gold),
+                "got": _shown(got),
+            }
+            for turn, got, hit in zip(calls, got_calls, exact, strict=True)
+            if not hit
+        ][:ERRORS_SHOWN],
     }
 
 
@@ -205,14 +230,20 @@ def table(report: dict[str, Any]) -> Table:
     made = Table(
         title=f"SGD dev, seen services: {report['calls']} call turns of {report['dialogues']} dialogues",
         caption=f"Percent with 95% intervals over dialogues. Arguments by where they can be read. False calls: on "
-                f"{report['answers']} turns where an answer is due. Prompt: mean tokens.",
+        f"{report['answers']} turns where an answer is due. Prompt: mean tokens.",
     )
     for heading in ("arm", "exact", "method", "categ.", "uttered", "result", "canon.", "false calls", "prompt", "s"):
         made.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for name, one in report["arms"].items():
-        made.add_row(name, Interval(**one["exact"]).percent(), Interval(**one["method"]).percent(),
-                     *(f"{one['arguments'][kind]['accuracy'] * 100:.1f}" for kind in SOURCES),
-                     Interval(**one["false_calls"]).percent(), f"{one['prompt_tokens']:.0f}", f"{one['seconds']:.0f}")
+        made.add_row(
+            name,
+            Interval(**one["exact"]).percent(),
+            Interval(**one["method"]).percent(),
+            *(f"{one['arguments'][kind]['accuracy'] * 100:.1f}" for kind in SOURCES),
+            Interval(**one["false_calls"]).percent(),
+            f"{one['prompt_tokens']:.0f}",
+            f"{one['seconds']:.0f}",
+        )
     return made
 
 
@@ -248,15 +279,22 @@ def main(
     chosen = draw.sample(due, min(calls, len(due)))
     others = draw.sample(free, min(answers, len(free)))
     report: dict[str, Any] = {
-        "agent": str(agent), "data": str(data), "seed": seed, "results": results, "calls": len(chosen),
-        "answers": len(others), "dialogues": len({turn.history.id for turn in chosen}),
-        "available": {"dialogues": len(dialogues), "calls": len(due), "answers": len(free)}, "arms": {},
+        "agent": str(agent),
+        "data": str(data),
+        "seed": seed,
+        "results": results,
+        "calls": len(chosen),
+        "answers": len(others),
+        "dialogues": len({turn.history.id for turn in chosen}),
+        "available": {"dialogues": len(dialogues), "calls": len(due), "answers": len(free)},
+        "arms": {},
     }
     available = load_arms(agent)
     for name in arms.split(","):
         if name in available:
-            decoded = decode(available[name], [*chosen, *others], parallel=parallel, max_new=max_new,
-                             max_context=max_context)
+            decoded = decode(
+                available[name], [*chosen, *others], parallel=parallel, max_new=max_new, max_context=max_context
+            )
             report["arms"][name] = measure(chosen, others, decoded)
     measured = {name: one.pop("hits") for name, one in report["arms"].items()}
     if {"base", "compiled"} <= measured.keys():

@@ -76,8 +76,13 @@ def tasks(split: str, seed: int) -> Iterator[Task]:
         order, amount = f"{chance.choice('ABCD')}{chance.randint(10, 99)}", chance.randint(1, 150)
         tenant = chance.choice(sorted(LIMITS))
         yield Task(
-            id=f"{split}-{seed}-{number}", request=ask.format(order), tenant=tenant, kind="refund", split=split,
-            seed=seed, goal={"order": order, "refund": amount if amount <= LIMITS[tenant] else 0},
+            id=f"{split}-{seed}-{number}",
+            request=ask.format(order),
+            tenant=tenant,
+            kind="refund",
+            split=split,
+            seed=seed,
+            goal={"order": order, "refund": amount if amount <= LIMITS[tenant] else 0},
             start={"orders": {order: amount, "Z00": 7}},
         )
 

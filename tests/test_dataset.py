@@ -105,7 +105,7 @@ def spoilt(*path: Any, value: Any) -> dict[str, Any]:
 
 FUNCTION = ("messages", 2, "tool_calls", 0, "function")
 BAD_OPENAI = [
-    (spoilt("messages", value="hello"), "messages", "expected a list, got \"hello\""),
+    (spoilt("messages", value="hello"), "messages", 'expected a list, got "hello"'),
     (spoilt("messages", value=[]), "messages", "at least one assistant turn"),
     (spoilt("messages", 1, value="hi"), "messages.1", "expected an object"),
     (spoilt("messages", 0, "role", value="boss"), "messages.0.role", "expected system, developer"),
@@ -155,8 +155,12 @@ def test_sharegpt_hermes_marks_and_several_calls(tmp_path: Path):
         {"from": "gpt", "value": f"Both.\n<tool_call>\n{one}\n</tool_call>\n<tool_call>\n{two}\n</tool_call>"},
         {"from": "tool", "value": "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"},
     ]
-    listed = [{"from": "gpt", "value": "Both."}, {"from": "function_call", "value": f"[{one}, {two}]"},
-              {"from": "observation", "value": "1"}, {"from": "observation", "value": "2"}]
+    listed = [
+        {"from": "gpt", "value": "Both."},
+        {"from": "function_call", "value": f"[{one}, {two}]"},
+        {"from": "observation", "value": "1"},
+        {"from": "observation", "value": "2"},
+    ]
     first, second = load(tmp_path, {"conversations": marked}, {"conversations": listed})
     assert first.messages == second.messages
     calls = [(call.name, call.arguments) for call in first.messages[0].tool_calls]
@@ -186,25 +190,49 @@ def test_bad_sharegpt_turns_are_named(tmp_path: Path, turns: list[Any], field: s
 
 SCHEMA = [
     {
-        "service_name": "Cafes_1", "description": "Cafes",
+        "service_name": "Cafes_1",
+        "description": "Cafes",
         "slots": [
             {"name": "town", "description": "Where", "is_categorical": False, "possible_values": []},
             {"name": "kind", "description": "What kind", "is_categorical": True, "possible_values": ["tea", "coffee"]},
             {"name": "seats", "description": "How many", "is_categorical": True, "possible_values": ["1", "2"]},
         ],
         "intents": [
-            {"name": "Find", "description": "Find a cafe", "is_transactional": False, "required_slots": ["town"],
-             "optional_slots": {"kind": "dontcare"}, "result_slots": ["town"]},
-            {"name": "Book", "description": "Book a table", "is_transactional": True, "required_slots": ["town"],
-             "optional_slots": {"seats": "2"}, "result_slots": ["town"]},
+            {
+                "name": "Find",
+                "description": "Find a cafe",
+                "is_transactional": False,
+                "required_slots": ["town"],
+                "optional_slots": {"kind": "dontcare"},
+                "result_slots": ["town"],
+            },
+            {
+                "name": "Book",
+                "description": "Book a table",
+                "is_transactional": True,
+                "required_slots": ["town"],
+                "optional_slots": {"seats": "2"},
+                "result_slots": ["town"],
+            },
         ],
     },
     {
-        "service_name": "Trams_1", "description": "Trams",
-        "slots": [{"name": "stop", "description": "Stop", "is_categorical": False, "possible_values": []},
-                  {"name": "kind", "description": "Kind", "is_categorical": True, "possible_values": ["fast"]}],
-        "intents": [{"name": "Find", "description": "Find a tram", "is_transactional": False,
-                     "required_slots": ["stop"], "optional_slots": {"kind": "dontcare"}, "result_slots": []}],
+        "service_name": "Trams_1",
+        "description": "Trams",
+        "slots": [
+            {"name": "stop", "description": "Stop", "is_categorical": False, "possible_values": []},
+            {"name": "kind", "description": "Kind", "is_categorical": True, "possible_values": ["fast"]},
+        ],
+        "intents": [
+            {
+                "name": "Find",
+                "description": "Find a tram",
+                "is_transactional": False,
+                "required_slots": ["stop"],
+                "optional_slots": {"kind": "dontcare"},
+                "result_slots": [],
+            }
+        ],
     },
 ]
 
@@ -218,14 +246,20 @@ def turn(speaker: str, utterance: str, *frames: dict[str, Any]) -> dict[str, Any
 
 
 def dialogue(**changes: Any) -> dict[str, Any]:
-    found = frame(service_call={"method": "Find", "parameters": {"kind": "tea", "town": "Bern"}},
-                  service_results=[{"town": "Bern", "name": f"Café {k}"} for k in range(5)])
-    booked = frame("Cafes_1", "NOTIFY_SUCCESS", service_call={"method": "Book", "parameters": {"town": "Bern"}},
-                   service_results=[])
+    found = frame(
+        service_call={"method": "Find", "parameters": {"kind": "tea", "town": "Bern"}},
+        service_results=[{"town": "Bern", "name": f"Café {k}"} for k in range(5)],
+    )
+    booked = frame(
+        "Cafes_1", "NOTIFY_SUCCESS", service_call={"method": "Book", "parameters": {"town": "Bern"}}, service_results=[]
+    )
     turns = [
-        turn("USER", "Tea in Bern?"), turn("SYSTEM", "Café 0 is one.", found),
-        turn("USER", "A table there."), turn("SYSTEM", "Is that right?", frame("Cafes_1", "CONFIRM")),
-        turn("USER", "Yes."), turn("SYSTEM", "Done.", booked),
+        turn("USER", "Tea in Bern?"),
+        turn("SYSTEM", "Café 0 is one.", found),
+        turn("USER", "A table there."),
+        turn("SYSTEM", "Is that right?", frame("Cafes_1", "CONFIRM")),
+        turn("USER", "Yes."),
+        turn("SYSTEM", "Done.", booked),
     ]
     return {"dialogue_id": "7_00001", "services": ["Cafes_1"], "turns": turns, **changes}
 
@@ -240,8 +274,19 @@ def sgd(tmp_path: Path) -> Path:
 def test_sgd_dialogue_becomes_the_log_of_an_agent(sgd: Path):
     (trajectory,) = load(sgd, dialogue())
     roles = [(message.role[0], message.phase) for message in trajectory.messages]
-    assert roles == [("s", ""), ("u", ""), ("a", "plan"), ("t", ""), ("a", "plan"), ("u", ""), ("a", "validate"),
-                     ("u", ""), ("a", "execute"), ("t", ""), ("a", "execute")]
+    assert roles == [
+        ("s", ""),
+        ("u", ""),
+        ("a", "plan"),
+        ("t", ""),
+        ("a", "plan"),
+        ("u", ""),
+        ("a", "validate"),
+        ("u", ""),
+        ("a", "execute"),
+        ("t", ""),
+        ("a", "execute"),
+    ]
     assert trajectory.messages[0].content == "Services: Cafes_1. Today is 2019-03-01."
     call, result, said = trajectory.messages[2:5]
     assert call.tool_calls == [ToolCall(id="call_1", name="Find", arguments='{"town": "Bern", "kind": "tea"}')]
@@ -258,7 +303,10 @@ def test_sgd_tools_are_the_intents_with_enums_defaults_and_required(sgd: Path):
     assert (find["name"], find["description"]) == ("Find", "Cafes_1: Find a cafe")
     assert find["parameters"]["required"] == ["town"] and find["parameters"]["additionalProperties"] is False
     assert find["parameters"]["properties"]["kind"] == {
-        "type": "string", "description": "What kind", "enum": ["tea", "coffee"]}
+        "type": "string",
+        "description": "What kind",
+        "enum": ["tea", "coffee"],
+    }
     assert book["parameters"]["properties"]["seats"]["default"] == "2"
 
 
@@ -281,10 +329,13 @@ CALL = frame(service_call={"method": "Find", "parameters": {"town": "Bern", "siz
 BAD_SGD = [
     (dialogue(services=["Bars_1"]), "services.0", "service 'Bars_1' is not in the schema"),
     (dialogue(turns=[turn("SYSTEM", "x", CALL)]), "turns.0.frames.0.service_call.parameters.size", "got 'size'"),
-    (dialogue(turns=[turn("BOT", "x")]), "turns.0.speaker", "expected \"USER\" or \"SYSTEM\", got \"BOT\""),
+    (dialogue(turns=[turn("BOT", "x")]), "turns.0.speaker", 'expected "USER" or "SYSTEM", got "BOT"'),
     (dialogue(turns=[turn("USER", "x")]), "turns", "at least one SYSTEM turn"),
-    (dialogue(turns=[turn("SYSTEM", "x", frame(service_call={"method": "Sing", "parameters": {}}))]),
-     "turns.0.frames.0.service_call.method", "got 'Sing'"),
+    (
+        dialogue(turns=[turn("SYSTEM", "x", frame(service_call={"method": "Sing", "parameters": {}}))]),
+        "turns.0.frames.0.service_call.method",
+        "got 'Sing'",
+    ),
 ]
 
 
@@ -348,12 +399,29 @@ def test_raw_text_is_found_wherever_it_stands(value: dict[str, Any], indent: int
 
 def test_our_own_format_is_lossless(tmp_path: Path):
     message = Message(
-        role="assistant", content="ü\u2028", reasoning="r", trained=False, phase="plan", seconds=0.1, prompt_tokens=3,
-        tool_calls=[ToolCall(id="x", name="f", arguments="{not json")], token_ids=[1, 2], logprobs=[-0.1, -1e-9],
+        role="assistant",
+        content="ü\u2028",
+        reasoning="r",
+        trained=False,
+        phase="plan",
+        seconds=0.1,
+        prompt_tokens=3,
+        tool_calls=[ToolCall(id="x", name="f", arguments="{not json")],
+        token_ids=[1, 2],
+        logprobs=[-0.1, -1e-9],
     )
     rich = Trajectory(
-        id="t", messages=[Message(role="user", content="?"), message], tools='[ ]', workflow="w", tenant="n", task="k",
-        kind="i", split="s", seed=3, teacher="me", outcome=Outcome(success=False, checks={"a": True}, reason="no"),
+        id="t",
+        messages=[Message(role="user", content="?"), message],
+        tools="[ ]",
+        workflow="w",
+        tenant="n",
+        task="k",
+        kind="i",
+        split="s",
+        seed=3,
+        teacher="me",
+        outcome=Outcome(success=False, checks={"a": True}, reason="no"),
         meta={"x": "y"},
     )
     write_trajectories(tmp_path / "a.jsonl", [rich, Trajectory(id="u", messages=[])])

@@ -184,31 +184,41 @@ def test_the_request_is_a_chat_completion_with_the_allowed_tools(server: Server,
     found = Message(role="tool", name="find_order", tool_call_id="call_1", content='{"amount": 3}')
     told = teacher(options={"temperature": 0}, system=lambda episode: f"All rules of {episode.task.tenant}.")
     told([episode(TASKS[0], made, found)])
-    assert server.requests == [{
-        "path": "/v1/chat/completions",
-        "model": "tiny",
-        "temperature": 0,
-        "tools": [workflow.tools[0].schema()],
-        "messages": [
-            {"role": "system", "content": f"All rules of {TASKS[0].tenant}."},
-            {"role": "user", "content": TASKS[0].request},
-            {"role": "assistant", "content": None,
-             "tool_calls": [function_call("find_order", '{"order_id": "A12"}', "call_1")]},
-            {"role": "tool", "content": '{"amount": 3}', "tool_call_id": "call_1"},
-        ],
-    }]
+    assert server.requests == [
+        {
+            "path": "/v1/chat/completions",
+            "model": "tiny",
+            "temperature": 0,
+            "tools": [workflow.tools[0].schema()],
+            "messages": [
+                {"role": "system", "content": f"All rules of {TASKS[0].tenant}."},
+                {"role": "user", "content": TASKS[0].request},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [function_call("find_order", '{"order_id": "A12"}', "call_1")],
+                },
+                {"role": "tool", "content": '{"amount": 3}', "tool_call_id": "call_1"},
+            ],
+        }
+    ]
     assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
 
 
 def test_calls_reasoning_and_text_parts_are_read(server: Server, teacher: Make) -> None:
-    calls = [function_call("find_order", '{"order_id": 1', None), function_call("write_note", {"order_id": "é"}),
-             function_call("ping", "")]
+    calls = [
+        function_call("find_order", '{"order_id": 1', None),
+        function_call("write_note", {"order_id": "é"}),
+        function_call("ping", ""),
+    ]
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     server.replies = [Reply(completion(parts, "tool_calls", tool_calls=calls, reasoning_content="because"))]
     turn = ask(teacher())
     assert (turn.content, turn.reasoning, turn.prompt_tokens) == ("ab", "because", 11)
     assert [(call.id, call.name, call.arguments) for call in turn.tool_calls] == [
-        ("", "find_order", '{"order_id": 1'), ("c1", "write_note", '{"order_id": "é"}'), ("c1", "ping", "{}"),
+        ("", "find_order", '{"order_id": 1'),
+        ("c1", "write_note", '{"order_id": "é"}'),
+        ("c1", "ping", "{}"),
     ]
     assert turn.seconds is not None and turn.seconds > 0
 
@@ -241,12 +251,18 @@ def test_a_rollout_over_http_reaches_the_goal(server: Server, teacher: Make) -> 
             calls = [function["function"] for function in sent.get("tool_calls") or []]
             code = json.loads(sent["content"]).get("error", "") if sent["role"] == "tool" else ""
             name = messages[-1].tool_calls[0].name if sent["role"] == "tool" else ""
-            turn = call(calls[0]["name"], **json.loads(calls[0]["arguments"])) if calls else Message(
-                role=sent["role"], content=sent["content"], name=name, error=code)
+            turn = (
+                call(calls[0]["name"], **json.loads(calls[0]["arguments"]))
+                if calls
+                else Message(role=sent["role"], content=sent["content"], name=name, error=code)
+            )
             messages.append(turn)
         turn = workflow.teacher(by_request[messages[1].content], messages)
-        return Reply(completion(turn.content or None, tool_calls=[
-            function_call(made.name, made.arguments) for made in turn.tool_calls]))
+        return Reply(
+            completion(
+                turn.content or None, tool_calls=[function_call(made.name, made.arguments) for made in turn.tool_calls]
+            )
+        )
 
     server.replies = [play]
     done = list(rollout(workflow, TASKS, teacher()))
@@ -260,9 +276,18 @@ def test_a_rollout_over_http_reaches_the_goal(server: Server, teacher: Make) -> 
 @pytest.mark.parametrize(
     "bad",
     [
-        Reply(status=500), Reply(status=503), Reply(status=429), Reply(status=408), Reply(status=0),
-        Reply(b"<html>busy</html>"), Reply(b'{"choices": ['), Reply({"choices": []}), Reply([1]), Reply({"error": "x"}),
-        Reply(completion(7)), Reply(completion(tool_calls=[{"id": "x"}])),
+        Reply(status=500),
+        Reply(status=503),
+        Reply(status=429),
+        Reply(status=408),
+        Reply(status=0),
+        Reply(b"<html>busy</html>"),
+        Reply(b'{"choices": ['),
+        Reply({"choices": []}),
+        Reply([1]),
+        Reply({"error": "x"}),
+        Reply(completion(7)),
+        Reply(completion(tool_calls=[{"id": "x"}])),
         Reply(b"junk", headers={"Content-Encoding": "gzip"}),
     ],
 )

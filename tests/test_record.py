@@ -49,9 +49,18 @@ def check(task: Task, state: Sum, messages: Sequence[Message]) -> Outcome:
 
 def workflow(name: str = "sums", teacher=teach) -> Workflow:
     return Workflow(
-        name=name, description="Sums.", procedure="Add.", phases=(Phase("plan", "", ("add",)),),
-        tools=(from_function(add, state=Sum),), tenants={}, phase_of=lambda messages: "plan", tasks=tasks,
-        splits=("train",), open=lambda task: Sum(), teacher=teacher, check=check,
+        name=name,
+        description="Sums.",
+        procedure="Add.",
+        phases=(Phase("plan", "", ("add",)),),
+        tools=(from_function(add, state=Sum),),
+        tenants={},
+        phase_of=lambda messages: "plan",
+        tasks=tasks,
+        splits=("train",),
+        open=lambda task: Sum(),
+        teacher=teacher,
+        check=check,
     )
 
 

@@ -93,9 +93,12 @@ def test_a_trajectory_records_the_whole_episode() -> None:
     run = one(TEACHER)
     order, amount = REFUND.goal["order"], REFUND.goal["refund"]
     assert [(turn.role, turn.phase, turn.name, turn.tool_call_id) for turn in run.messages] == [
-        ("system", "", "", ""), ("user", "", "", ""),
-        ("assistant", "look", "", ""), ("tool", "look", "find_order", "call_1"),
-        ("assistant", "act", "", ""), ("tool", "act", "refund_order", "call_2"),
+        ("system", "", "", ""),
+        ("user", "", "", ""),
+        ("assistant", "look", "", ""),
+        ("tool", "look", "find_order", "call_1"),
+        ("assistant", "act", "", ""),
+        ("tool", "act", "refund_order", "call_2"),
         ("assistant", "act", "", ""),
     ]
     assert run.messages[0].content == workflow.system(REFUND.tenant, "none")
@@ -106,7 +109,14 @@ def test_a_trajectory_records_the_whole_episode() -> None:
     ]
     assert all((turn.seconds is None) == (turn.role in ("system", "user")) for turn in run.messages)
     assert (run.workflow, run.tenant, run.task, run.kind, run.split, run.seed, run.teacher) == (
-        "desk", REFUND.tenant, REFUND.id, "refund", "train", 1, "script")
+        "desk",
+        REFUND.tenant,
+        REFUND.id,
+        "refund",
+        "train",
+        1,
+        "script",
+    )
     assert (run.tools, run.meta) == ("[]", {})
     assert Trajectory.from_json(run.to_json()) == run
 
@@ -182,8 +192,12 @@ def test_a_call_that_the_phase_does_not_allow_is_observed_and_not_made() -> None
 
 def test_text_that_cannot_be_stored_is_made_storable() -> None:
     bad = "a\ud800b"
-    turn = Message(role="assistant", content=bad, reasoning=bad,
-                   tool_calls=[ToolCall(id=bad, name=bad, arguments=json.dumps({"k": bad}, ensure_ascii=False))])
+    turn = Message(
+        role="assistant",
+        content=bad,
+        reasoning=bad,
+        tool_calls=[ToolCall(id=bad, name=bad, arguments=json.dumps({"k": bad}, ensure_ascii=False))],
+    )
     run = one(scripted(turn, say(bad)))
     assert run.to_json().encode("utf-8")
     assert run.messages[-1].content == "a?b"
@@ -192,8 +206,7 @@ def test_text_that_cannot_be_stored_is_made_storable() -> None:
 WEIRD = st.one_of(
     st.sampled_from([None, "text", 3, Message(role="user"), ValueError("\ud800"), KeyError(), say("")]),
     st.builds(
-        lambda name, arguments: Message(role="assistant",
-                                        tool_calls=[ToolCall(id="", name=name, arguments=arguments)]),
+        lambda name, arguments: Message(role="assistant", tool_calls=[ToolCall(id="", name=name, arguments=arguments)]),
         st.sampled_from(["find_order", "refund_order", "write_note", ""]) | st.text(),
         st.text() | st.dictionaries(st.sampled_from(["order_id", "amount"]), st.text() | st.integers()).map(json.dumps),
     ),
@@ -265,11 +278,11 @@ def test_a_tool_that_raises_or_floods_is_observed() -> None:
     def flood(desk: Desk, order_id: str) -> str:
         return "x" * 10_000_000
 
-    run = one(scripted(call("find_order", order_id="A"), call("find_order", order_id="B"), say("ok")),
-              source=with_tool(crash))
+    run = one(
+        scripted(call("find_order", order_id="A"), call("find_order", order_id="B"), say("ok")), source=with_tool(crash)
+    )
     assert [turn.error for turn in run.messages if turn.role == "tool"] == ["http_500", "exception"]
-    run = one(scripted(call("find_order", order_id="A"), say("ok")),
-              source=with_tool(flood))
+    run = one(scripted(call("find_order", order_id="A"), say("ok")), source=with_tool(flood))
     assert len(run.messages[3].content) < 5000
 
 
@@ -338,8 +351,9 @@ def test_the_tools_of_different_episodes_run_at_the_same_time() -> None:
         meeting.wait(60)
         return {"id": order_id, "amount": 1}
 
-    done = rollout(with_tool(meet), TASKS[:6], Each(lambda episode: say("ok") if episode.trajectory.steps
-                                                    else teach(episode)))
+    done = rollout(
+        with_tool(meet), TASKS[:6], Each(lambda episode: say("ok") if episode.trajectory.steps else teach(episode))
+    )
     assert [run.messages[3].error for run in done] == [""] * 6
 
 
@@ -382,8 +396,11 @@ def test_an_injected_timeout_reads_like_a_real_one() -> None:
 @pytest.mark.parametrize(
     ("fault", "result", "content"),
     [
-        (Fault(tool="find_order", kind="renamed_field", field="b", renamed="c"), {"a": 1, "b": 2, "d": 3},
-         '{"a": 1, "c": 2, "d": 3}'),
+        (
+            Fault(tool="find_order", kind="renamed_field", field="b", renamed="c"),
+            {"a": 1, "b": 2, "d": 3},
+            '{"a": 1, "c": 2, "d": 3}',
+        ),
         (Fault(tool="find_order", kind="renamed_field", field="b"), {"b": {"b": 2}}, '{"b_v2": {"b": 2}}'),
         (Fault(tool="find_order", kind="partial_result", field="b"), {"a": 1, "b": 2}, '{"a": 1}'),
         (Fault(tool="find_order", kind="partial_result"), {"a": 1, "é": 2}, '{"a": 1}'),
@@ -403,8 +420,11 @@ def test_a_rewriting_fault_changes_the_top_level_of_the_result(fault: Fault, res
 
 
 def test_the_teacher_recovers_from_faults() -> None:
-    faults = (Fault(tool="find_order", kind="http_500", times=2), Fault(tool="refund_order", kind="timeout"),
-              Fault(tool="find_order", kind="renamed_field", nth=3, field="amount"))
+    faults = (
+        Fault(tool="find_order", kind="http_500", times=2),
+        Fault(tool="refund_order", kind="timeout"),
+        Fault(tool="find_order", kind="renamed_field", nth=3, field="amount"),
+    )
     run = one(TEACHER, REFUND.model_copy(update={"faults": faults}))
     assert outcome(run).success
     assert [turn.error for turn in run.messages if turn.role == "tool"] == ["http_500", "http_500", "", "timeout", ""]

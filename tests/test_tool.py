@@ -92,7 +92,9 @@ def test_schema_is_flat_and_says_what_hints_and_docstring_say() -> None:
                 "properties": {
                     "key": {"type": "string", "description": "What to look for, as a prefix: exact case."},
                     "kind": {
-                        "type": "string", "enum": ["order", "customer"], "default": "order",
+                        "type": "string",
+                        "enum": ["order", "customer"],
+                        "default": "order",
                         "description": "Which table.",
                     },
                     "limit": {"type": "integer", "minimum": 1, "maximum": 9, "default": 5},
@@ -182,8 +184,20 @@ def test_a_tool_needs_the_schema_of_an_object(parameters: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "{", "null", "[]", '{"key": 1}', "{}", '{"key": "A", "kind": "shop"}', '{"key": "A", "limit": 10}',
-     '{"key": "A", "more": 1}', '{"key": "A", "limit": NaN}', '{"key": "A", "since": "soon"}', "[" * 100_000],
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        '{"key": 1}',
+        "{}",
+        '{"key": "A", "kind": "shop"}',
+        '{"key": "A", "limit": 10}',
+        '{"key": "A", "more": 1}',
+        '{"key": "A", "limit": NaN}',
+        '{"key": "A", "since": "soon"}',
+        "[" * 100_000,
+    ],
 )
 def test_arguments_that_do_not_fit_are_observed_and_the_function_is_not_called(arguments: str) -> None:
     observation = from_function(search, state=Store).call(arguments, Store())
@@ -191,8 +205,13 @@ def test_arguments_that_do_not_fit_are_observed_and_the_function_is_not_called(a
     assert json.loads(observation.content)["error"] == "bad_arguments"
 
 
-@given(st.text() | st.recursive(st.none() | st.booleans() | st.floats() | st.text(),
-                                lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)).map(json.dumps))
+@given(
+    st.text()
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ).map(json.dumps)
+)
 def test_no_argument_text_makes_a_call_raise(arguments: str) -> None:
     assert isinstance(from_function(search, state=Store).call(arguments, Store()), Observation)
 

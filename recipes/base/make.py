@@ -193,6 +193,7 @@ def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaFo
 
 def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, seconds: float, english: bool) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
+    flag = " --english ../shared/data" if english else ""
     words = "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances for the tokenizer only" if english else "none"
     return f"""\
 ---
@@ -210,7 +211,7 @@ to test with, not a general model: it has seen no other text. Its first two laye
   tenants in `examples/support_desk/tenants`, never the held-out request wording. Other text: {words}.
 - Training: {result.steps:,} steps, {result.tokens:,} tokens, final loss {result.loss:.4f} nats a trained token,
   {result.seconds / 60:.0f} minutes of training and {seconds / 60:.0f} in all on {torch.get_num_threads()} CPU threads.
-- Again: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed} -o src/engrain/base`
+- Again: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}{flag} -o src/engrain/base`
 
 {settings}
 """

@@ -85,8 +85,10 @@ def _detect(node: Node) -> str:
     for key, format in (("schema", "engrain"), ("turns", "sgd"), ("conversations", "sharegpt"), ("messages", "openai")):
         if key in keys:
             return format
-    raise node.error("cannot tell the format: expected a field `schema` (ours), `turns` (SGD), `conversations` "
-                     f"(ShareGPT) or `messages` (OpenAI), got {', '.join(keys) or 'none'}; give the format")
+    raise node.error(
+        "cannot tell the format: expected a field `schema` (ours), `turns` (SGD), `conversations` "
+        f"(ShareGPT) or `messages` (OpenAI), got {', '.join(keys) or 'none'}; give the format"
+    )
 
 
 def _named(trajectory: Trajectory, node: Node, text: str, path: Path) -> Trajectory:
@@ -175,8 +177,14 @@ def export_file(path: Path, trajectories: Iterable[Trajectory], format: str = "e
 def content_digest(trajectory: Trajectory) -> str:
     """Digest of what training sees: context, tools, texts, calls and mask, but no ids, times or tokens."""
     messages = [
-        [message.role, message.content, message.reasoning, message.name, message.trained,
-         [[call.name, call.arguments] for call in message.tool_calls]]
+        [
+            message.role,
+            message.content,
+            message.reasoning,
+            message.name,
+            message.trained,
+            [[call.name, call.arguments] for call in message.tool_calls],
+        ]
         for message in trajectory.messages
     ]
     content = [trajectory.workflow, trajectory.tenant, trajectory.tools, messages]
@@ -210,8 +218,10 @@ def split_by_context(
     """Trajectories to train on and those of a fraction `held_out` of the contexts (at least one, never all)."""
     contexts = sorted({key(trajectory) for trajectory in trajectories})
     if len(contexts) < 2 or not 0 < held_out < 1:
-        raise DataError(f"cannot hold out {held_out:g} of {len(contexts)} contexts; expected at least 2 contexts and a "
-                        f"fraction between 0 and 1")
+        raise DataError(
+            f"cannot hold out {held_out:g} of {len(contexts)} contexts; expected at least 2 contexts and a "
+            f"fraction between 0 and 1"
+        )
     count = min(max(1, round(held_out * len(contexts))), len(contexts) - 1)
     chosen = set(random.Random(seed).sample(contexts, count))
     return ([t for t in trajectories if key(t) not in chosen], [t for t in trajectories if key(t) in chosen])
@@ -221,7 +231,8 @@ def train_on_calls(trajectory: Trajectory) -> Trajectory:
     """The same trajectory with loss on the turns that call a tool and on no other."""
     messages = [
         message.model_copy(update={"trained": message.trained and bool(message.tool_calls)})
-        if message.role == "assistant" else message
+        if message.role == "assistant"
+        else message
         for message in trajectory.messages
     ]
     return trajectory.model_copy(update={"messages": messages})

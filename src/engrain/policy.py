@@ -103,8 +103,13 @@ class ReplayTeacher:
         if step >= len(turns):
             return InputError(f"the log of task {episode.task.id!r} ends after {len(turns)} turns without an answer")
         turn = turns[step]
-        return Message(role="assistant", content=turn.content, reasoning=turn.reasoning, trained=turn.trained,
-                       tool_calls=[call.model_copy() for call in turn.tool_calls])
+        return Message(
+            role="assistant",
+            content=turn.content,
+            reasoning=turn.reasoning,
+            trained=turn.trained,
+            tool_calls=[call.model_copy() for call in turn.tool_calls],
+        )
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,9 @@ class _Journal:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.file.close()
-            raise InputError(f"{self.path} is being written by another `engrain record`; wait for it or choose another "
-                             f"-o") from error
+            raise InputError(
+                f"{self.path} is being written by another `engrain record`; wait for it or choose another -o"
+            ) from error
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -151,8 +152,10 @@ class _Journal:
         """Whether the task was done. Raises `InputError` if what was done under its id is another task."""
         run = self.runs.get(task.id)
         if run is not None and run.request != task.request:
-            raise InputError(f"{self.out} holds another task {task.id!r} ({run.request[:60]!r}, now "
-                             f"{task.request[:60]!r}); choose another -o or delete it")
+            raise InputError(
+                f"{self.out} holds another task {task.id!r} ({run.request[:60]!r}, now "
+                f"{task.request[:60]!r}); choose another -o or delete it"
+            )
         return run is not None
 
     def append(self, trajectory: Trajectory) -> _Run:
@@ -205,8 +208,10 @@ class _Journal:
 
     def _note(self, trajectory: Trajectory, offset: int) -> _Run:
         if trajectory.workflow != self.workflow:
-            raise InputError(f"{self.out} holds runs of workflow {trajectory.workflow!r}, not of {self.workflow!r}; "
-                             f"choose another -o or delete it")
+            raise InputError(
+                f"{self.out} holds runs of workflow {trajectory.workflow!r}, not of {self.workflow!r}; "
+                f"choose another -o or delete it"
+            )
         request = next((message.content for message in trajectory.messages if message.role == "user"), "")
         self.runs[trajectory.task] = run = _Run(offset, _refusal(trajectory), request)
         return run
@@ -218,8 +223,10 @@ class _Journal:
                 file.write(journal.readline().decode())
 
     def _unwritable(self, error: OSError) -> InputError:
-        return InputError(f"cannot write {self.path}: {error.strerror or error}; free space or choose another place, "
-                          f"then run the same command to go on")
+        return InputError(
+            f"cannot write {self.path}: {error.strerror or error}; free space or choose another place, "
+            f"then run the same command to go on"
+        )
 
 
 def _runs(path: Path) -> Iterator[tuple[Trajectory, bytes]]:

@@ -134,8 +134,15 @@ class _Loop:
     def begin(self, task: Task) -> _Run:
         name = getattr(self.policy, "name", type(self.policy).__name__)
         trajectory = Trajectory(
-            id=f"{task.id}:{name}", messages=[], workflow=self.workflow.name, tenant=task.tenant, task=task.id,
-            kind=task.kind, split=task.split, seed=task.seed, teacher=name,
+            id=f"{task.id}:{name}",
+            messages=[],
+            workflow=self.workflow.name,
+            tenant=task.tenant,
+            task=task.id,
+            kind=task.kind,
+            split=task.split,
+            seed=task.seed,
+            teacher=name,
         )
         run = _Run(Episode(task, trajectory, Phase("", "", ()), ()))
         try:
@@ -196,13 +203,15 @@ class _Loop:
             run.end(f"policy: {_named(turn) if isinstance(turn, Exception) else wrong}")
             return
         seen = {call.id for message in run.episode.trajectory.messages for call in message.tool_calls}
-        turn = turn.model_copy(update={
-            "content": storable(turn.content),
-            "reasoning": storable(turn.reasoning),
-            "phase": run.episode.phase.name,
-            "seconds": seconds if turn.seconds is None else turn.seconds,
-            "tool_calls": _well_formed(turn.tool_calls, seen),
-        })
+        turn = turn.model_copy(
+            update={
+                "content": storable(turn.content),
+                "reasoning": storable(turn.reasoning),
+                "phase": run.episode.phase.name,
+                "seconds": seconds if turn.seconds is None else turn.seconds,
+                "tool_calls": _well_formed(turn.tool_calls, seen),
+            }
+        )
         self.add(run, turn)
         run.calls.extend(turn.tool_calls)
         if not turn.tool_calls:
@@ -270,10 +279,18 @@ class _Loop:
         return None
 
     def observe(self, run: _Run, call: ToolCall, observation: Observation) -> None:
-        self.add(run, Message(
-            role="tool", name=call.name, tool_call_id=call.id, content=observation.content, error=observation.error,
-            seconds=observation.seconds, phase=run.episode.phase.name,
-        ))
+        self.add(
+            run,
+            Message(
+                role="tool",
+                name=call.name,
+                tool_call_id=call.id,
+                content=observation.content,
+                error=observation.error,
+                seconds=observation.seconds,
+                phase=run.episode.phase.name,
+            ),
+        )
 
     def finish(self, run: _Run) -> Trajectory:
         trajectory = run.episode.trajectory

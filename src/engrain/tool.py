@@ -224,8 +224,9 @@ def from_function(function: Callable[..., Any], *, state: type | None = None, ti
     """
     name = getattr(function, "__name__", type(function).__name__)
     read = read_signature(function, name, state)
-    return Tool(name, read.description, json.dumps(read.schema, ensure_ascii=False), read.function, read.takes_state,
-                timeout)
+    return Tool(
+        name, read.description, json.dumps(read.schema, ensure_ascii=False), read.function, read.takes_state, timeout
+    )
 
 
 @contextmanager

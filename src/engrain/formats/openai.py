@@ -24,7 +24,8 @@ def from_openai(record: Node) -> Trajectory:
         messages=conversation.finish(record.child("messages")),
         tools=tools_text(tools),
         meta={key: value for key, value in (metadata.value or {}).items() if isinstance(value, str)}
-        if isinstance(metadata.value, dict) else {},
+        if isinstance(metadata.value, dict)
+        else {},
     )
 
 

@@ -51,8 +51,14 @@ class DialogueReader:
         if not any(message.role == "assistant" for message in messages):
             raise record.child("turns").error("expected at least one SYSTEM turn, got none")
         return Trajectory(
-            id=id, messages=messages, tools=self.toolsets[names].schemas, workflow="sgd", task=id,
-            kind="+".join(names), split=self.split, teacher="log",
+            id=id,
+            messages=messages,
+            tools=self.toolsets[names].schemas,
+            workflow="sgd",
+            task=id,
+            kind="+".join(names),
+            split=self.split,
+            teacher="log",
             meta={"services": ",".join(names), "source": "Schema-Guided Dialogue, CC BY-SA 4.0"},
         )
 
@@ -75,15 +81,18 @@ class DialogueReader:
                 call = self._call(frame.child("service_call"), tools, sum(m.role == "tool" for m in messages) + 1)
                 rows = frame.child("service_results").items() if frame.has("service_results") else []
                 shown = json.dumps([row.mapping() for row in rows[: self.results]], ensure_ascii=False)
-                messages += [Message(role="assistant", tool_calls=[call], phase=phase),
-                             Message(role="tool", content=shown, tool_call_id=call.id, name=call.name)]
+                messages += [
+                    Message(role="assistant", tool_calls=[call], phase=phase),
+                    Message(role="tool", content=shown, tool_call_id=call.id, name=call.name),
+                ]
         messages.append(Message(role="assistant", content=content, phase=phase))
 
     def _call(self, node: Node, tools: Toolset, number: int) -> ToolCall:
         method, parameters = node.child("method"), node.child("parameters")
         if method.text() not in tools.order:
-            raise method.error(f"expected an intent of the dialogue's services {sorted(tools.order)}, "
-                               f"got {method.text()!r}")
+            raise method.error(
+                f"expected an intent of the dialogue's services {sorted(tools.order)}, got {method.text()!r}"
+            )
         order = tools.order[method.text()]
         for name in parameters.mapping():
             if name not in order:
@@ -94,8 +103,12 @@ class DialogueReader:
 
 def _phase(frames: list[Node], tools: Toolset) -> str:
     """Where the agent stands in this turn, from what it calls and from its dialogue acts."""
-    acts = {action.child("act").value for frame in frames if frame.has("actions")
-            for action in frame.child("actions").items()}
+    acts = {
+        action.child("act").value
+        for frame in frames
+        if frame.has("actions")
+        for action in frame.child("actions").items()
+    }
     methods = {frame.child("service_call").child("method").value for frame in frames if frame.has("service_call")}
     if "NOTIFY_FAILURE" in acts:
         return "recover"
@@ -116,8 +129,9 @@ def toolset(services: list[dict[str, Any]]) -> Toolset:
     return Toolset(
         schemas=json.dumps(schemas, ensure_ascii=False),
         order={name: list(function["parameters"]["properties"]) for name, function in tools.items()},
-        transactional=frozenset(intent["name"] for service in services for intent in service["intents"]
-                                if intent["is_transactional"]),
+        transactional=frozenset(
+            intent["name"] for service in services for intent in service["intents"] if intent["is_transactional"]
+        ),
     )
 
 
@@ -130,10 +144,17 @@ def _function(service: dict[str, Any], intent: dict[str, Any]) -> dict[str, Any]
             properties[name]["enum"] = slots[name]["possible_values"]
         if intent["optional_slots"] and intent["optional_slots"].get(name, "dontcare") != "dontcare":
             properties[name]["default"] = intent["optional_slots"][name]
-    parameters = {"type": "object", "properties": properties, "required": list(intent["required_slots"]),
-                  "additionalProperties": False}
-    return {"name": intent["name"], "description": f"{service['service_name']}: {intent['description']}",
-            "parameters": parameters}
+    parameters = {
+        "type": "object",
+        "properties": properties,
+        "required": list(intent["required_slots"]),
+        "additionalProperties": False,
+    }
+    return {
+        "name": intent["name"],
+        "description": f"{service['service_name']}: {intent['description']}",
+        "parameters": parameters,
+    }
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +171,11 @@ def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             bare = {key: item for key, item in known.items() if key != "enum"}
             properties[name] = {**bare, "enum": values} if both else bare
     required = [name for name in first["required"] if name in second["required"]]
-    return {"name": one["name"], "description": f"{one['description']}. {other['description']}",
-            "parameters": {**first, "properties": properties, "required": required}}
+    return {
+        "name": one["name"],
+        "description": f"{one['description']}. {other['description']}",
+        "parameters": {**first, "properties": properties, "required": required},
+    }
 
 
 def read_services(path: Path) -> dict[str, dict[str, Any]]:
@@ -176,5 +200,6 @@ def schema_beside(path: Path) -> Path:
     for choice in choices:
         if choice.is_file():
             return choice
-    raise DataError(f"SGD dialogues need their schema; expected {choices[0]} or {choices[1]}, or give its path",
-                    file=str(path))
+    raise DataError(
+        f"SGD dialogues need their schema; expected {choices[0]} or {choices[1]}, or give its path", file=str(path)
+    )

@@ -55,7 +55,7 @@ def _turn(node: Node, conversation: Conversation) -> None:
 def _assistant(node: Node, conversation: Conversation) -> Message:
     text, reasoning = node.child("value").text(), ""
     if think := _THINK.match(text):
-        text, reasoning = text[think.end():], think[1]
+        text, reasoning = text[think.end() :], think[1]
     marked = _CALL.findall(text)
     calls = [conversation.call(*fields) for found in marked for fields in call_fields(node.child("value"), found)]
     content = _CALL.sub("", text).strip() if marked else text
@@ -91,8 +91,10 @@ def _plain(message: Message) -> list[dict[str, Any]]:
     if think or message.content or not message.tool_calls:
         turns.append({"from": "gpt", "value": think + message.content, **weight})
     if message.tool_calls:
-        calls = [f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {call.arguments}}}'
-                 for call in message.tool_calls]
+        calls = [
+            f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {call.arguments}}}'
+            for call in message.tool_calls
+        ]
         value = calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
         turns.append({"from": "function_call", "value": value, **weight})
     return turns
