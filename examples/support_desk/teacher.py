@@ -92,7 +92,7 @@ def _fields(content: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     back = {renamed: name for name, renamed in RENAMED.items()}
-    return {back.get(str(name), name): value for name, value in result.items()} if isinstance(result, dict) else {}
+    return {back.get(str(name), str(name)): value for name, value in result.items()} if isinstance(result, dict) else {}
 
 
 def within(view: View, value: int, limit: int, what: str) -> bool:

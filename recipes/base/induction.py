@@ -11,6 +11,8 @@ So it starts from a random model into which the known circuit is written; traini
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -35,13 +37,15 @@ def write_induction_heads(model: LlamaForCausalLM, generator: torch.Generator) -
         size = embeddings.norm(dim=1).mean()
         # Equal norms, so that the constant part is the same for every token and cannot outweigh position.
         embeddings.copy_(size * (torch.nn.functional.normalize(embeddings @ words.T @ words) + constant))
-        for layer in model.model.layers:
+        layers: Any = model.model.layers
+        for layer in layers:
             layer.self_attn.o_proj.weight.mul_(0.25)
             layer.mlp.down_proj.weight.mul_(0.25)
         known = words[:CONTENT]
 
-        first = model.model.layers[0].self_attn
-        theta = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d_head, 2) / d_head)
+        first = layers[0].self_attn
+        rotary: Any = config.rope_parameters
+        theta = rotary["rope_theta"] ** (-torch.arange(0, d_head, 2) / d_head)
         here = torch.cat([torch.ones(d_head // 2), torch.zeros(d_head // 2)])
         for head in range(3):
             rows = slice(head * d_head, (head + 1) * d_head)
@@ -52,7 +56,7 @@ def write_induction_heads(model: LlamaForCausalLM, generator: torch.Generator) -
             first.v_proj.weight[rows][:CONTENT] = known
             first.o_proj.weight[:, rows][:, :CONTENT] = WRITE * seen[head].T
 
-        second = model.model.layers[1].self_attn
+        second = layers[1].self_attn
         slots = _slow_dimensions(d_head)
         for head, tokens in enumerate((3, 2, 1)):
             rows = slice(head * d_head, (head + 1) * d_head)

@@ -92,6 +92,7 @@ def import_(
     output: Annotated[Path, typer.Option("-o", "--output", help="The trajectories to write, .jsonl.")],
     format: Annotated[str | None, typer.Option(help="engrain, openai, sharegpt or sgd; told from the data.")] = None,
     schemas: Annotated[Path | None, typer.Option(help="SGD: the services' schema.json.")] = None,
+    results: Annotated[int, typer.Option(help="SGD: rows kept of a call's result.", min=0)] = 3,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad records and go on.")] = False,
     calls_only: Annotated[bool, typer.Option("--calls-only", help="Put loss on turns that call a tool only.")] = False,
     json: Json = False,
@@ -112,7 +113,7 @@ def import_(
         nonlocal read
         for file in files:
             terminal.note(f"reading {file}")
-            for trajectory in import_file(file, format, schemas, on_bad=report if skip_bad else None):
+            for trajectory in import_file(file, format, schemas, results=results, on_bad=report if skip_bad else None):
                 read += 1
                 yield until_last_call(train_on_calls(trajectory)) if calls_only else trajectory
 
