@@ -46,14 +46,6 @@ def test_contexts_come_in_three_depths_and_the_seed_decides(trajectories):
     assert [t.messages[1].content for t in again] == [t.messages[1].content for t in trajectories]
 
 
-def test_in_the_second_stage_tenants_come_back_and_some_rows_only_plan():
-    mix = data.Mix(full=0, rules=0, plans=0.5, population=3)
-    runs = list(data.trajectories(5, 40, mix))
-    assert len({run.tenant for run in runs}) == 3
-    assert 0 < sum(len(run.messages) == 3 for run in runs) < 40
-    assert all("Rules of" not in run.messages[0].content for run in runs)
-
-
 def test_a_call_is_few_tokens_and_numbers_are_digits(trajectories):
     tokenizer = train_tokenizer((text for t in trajectories for text in make.texts_of(t)), 1500)
     call = '<tool_call>{"name": "get_order", "arguments": {"order_id": "A4821"}}</tool_call>'
@@ -99,8 +91,7 @@ def test_induction_heads_copy_without_training():
 def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "PER_CHUNK", 20)
     monkeypatch.setattr(make, "TOKENIZER_TRAJECTORIES", 40)
-    stages = (make.Stage(0.5, 1e-3, 20, data.Mix()), make.Stage(0.5, 1e-3, 20, data.Mix(plans=0.5, population=3)))
-    make.make_base(tmp_path / "base", make.Recipe(3000, stages, layers=2), tmp_path / "work", processes=1)
+    make.main(tmp_path / "base", tokens=3000, work=tmp_path / "work", trajectories=20, processes=1, layers=2)
     base = load_base(tmp_path / "base")
     assert base.tokenizer.chat_template and base.model.config.num_hidden_layers == 2
     card = (tmp_path / "base" / "README.md").read_text()

@@ -1,7 +1,6 @@
 """Trajectories for the bundled base: the support desk with tenants drawn at random, in three depths of context.
 
-Each tenant has its own invented name and rules, so a name tells nothing and the rules must be read from the prompt;
-in the second stage some tenants come back without their rules, so that looking at the name is worth learning.
+Each tenant has its own invented name and rules, so a name tells nothing and the rules must be read from the prompt.
 The tenants of `examples/support_desk/tenants` and the held-out wording never occur. A row carries the whole procedure,
 schemas and profile in its prompt (`full`), the profile alone (`rules`), or nothing (`none`).
 """
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from engrain.context import Section
 from engrain.policy import ScriptTeacher
@@ -63,22 +61,12 @@ class Mix:
     rules: float = 0.30
     many: float = 0.15
     faults: float = 0.25
-    plans: float = 0.0
-    """Share of rows that end after the first turn: short, and all about reading the request."""
-    population: int = 0
-    """If not 0, rows of depth `none` draw from so many tenants that come back, so that a name can mean something."""
 
 
 def _tenant(rng: random.Random, names: set[str]) -> str:
     while (name := "".join(rng.choices(SYLLABLES, k=3))) in names:
         pass
     return name
-
-
-def _population(count: int, tenant_rules: Any) -> dict[str, Any]:
-    """Tenants that come back, by name, the same in every chunk; their names have four syllables."""
-    rng = random.Random("population")
-    return {"".join(rng.choices(SYLLABLES, k=4)): tenant_rules.draw(rng) for _ in range(count)}
 
 
 def _system(workflow: Workflow, tenant: str, depth: str) -> str:
@@ -96,30 +84,21 @@ def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory
     tenants: dict[str, Section] = {}
     tasks: list[Task] = []
     depths: dict[str, str] = {}
-    plans: set[str] = set()
-    regulars = _population(mix.population, tenant_rules)
     for number in range(count):
-        name, rules = _tenant(rng, {*desk.tenants, *regulars, *tenants}), tenant_rules.draw(rng)
+        name, rules = _tenant(rng, {*desk.tenants, *tenants}), tenant_rules.draw(rng)
         tenants[name] = Section("tenant", name, tuple(tenant_rules.write(rules, rng)))
         depth = rng.choices(("full", "rules", "none"), (mix.full, mix.rules, 1 - mix.full - mix.rules))[0]
-        if depth == "none" and regulars:
-            name = rng.choice(list(regulars))
-            rules = regulars[name]
-            tenants[name] = Section("tenant", name, tuple(tenant_rules.write(rules, random.Random(name))))
         many = rng.random() < mix.many or depth == "full"
         items = rng.randint(3, 12) if many else rng.choice((1, 1, 2, 3))
         faults = rng.choice((1, 1, 2)) if rng.random() < mix.faults else 0
         task = make_task(rng, name, rules, items, split="base", seed=seed * 1_000_000 + number, faults=faults)
         tasks.append(task)
         depths[task.id] = depth
-        if mix.plans and depth == "none" and rng.random() < mix.plans:
-            plans.add(task.id)
     workflow = replace(desk, tenants=tenants)
     for trajectory in rollout(workflow, tasks, ScriptTeacher(workflow), parallel=1):
         if trajectory.outcome is None or not trajectory.outcome.success:
             raise AssertionError(f"the teacher failed {trajectory.task}: {trajectory.outcome}")
         depth = depths[trajectory.task]
         system = Message(role="system", content=_system(workflow, trajectory.tenant, depth))
-        rest = trajectory.messages[1:3] if trajectory.task in plans else trajectory.messages[1:]
         tools = workflow.schemas("full" if depth == "full" else "none")
-        yield trajectory.model_copy(update={"messages": [system, *rest], "tools": tools})
+        yield trajectory.model_copy(update={"messages": [system, *trajectory.messages[1:]], "tools": tools})

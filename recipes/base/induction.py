@@ -33,7 +33,7 @@ def write_induction_heads(model: LlamaForCausalLM, generator: torch.Generator) -
         basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q.T
         constant, seen = basis[0], basis[1 : 1 + 3 * CONTENT].view(3, CONTENT, width)
         words = basis[1 + 3 * CONTENT :]  # the directions in which embeddings differ
-        embeddings = model.get_input_embeddings().weight
+        embeddings: Any = model.get_input_embeddings().weight
         size = embeddings.norm(dim=1).mean()
         # Equal norms, so that the constant part is the same for every token and cannot outweigh position.
         embeddings.copy_(size * (torch.nn.functional.normalize(embeddings @ words.T @ words) + constant))

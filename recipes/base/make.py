@@ -11,8 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -37,39 +36,23 @@ TOKENIZER_TRAJECTORIES = 1500
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One run of the training loop on one mix of data."""
-
-    share: float
-    """Of the tokens of the whole recipe."""
-    lr: float
-    trajectories: int
-    """How many are generated; at the default dial, enough for each row to be met at most once."""
-    mix: Mix
-
-
-STAGES = (
-    Stage(7 / 15, 2e-3, 30_000, Mix()),
-    Stage(8 / 15, 1.5e-3, 20_000, Mix(full=0.04, rules=0.2, plans=0.4, population=40)),
-)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """All that decides the base."""
 
     tokens: int
     """The dial: tokens to train on."""
-    stages: tuple[Stage, ...] = STAGES
-    """First copying, calls and reading rules; then reading requests, and names that stand for rules."""
+    trajectories: int = 30_000
+    """How many are generated; enough for each row to be met at most once at the default dial."""
     seed: int = 0
     vocabulary: int = 4096
     width: int = 192
     layers: int = 6
+    lr: float = 2e-3
     batch_tokens: int = 4096
     initializer_range: float = 0.04
     min_trained: float = 0.15
     """Rows with a smaller share of trained tokens are left out: long prompts before few turns teach little."""
+    mix: Mix = field(default_factory=Mix)
 
     def config(self, vocabulary: int, pad: int, stop: int) -> LlamaConfig:
         return LlamaConfig(
@@ -147,33 +130,31 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _render(work: Path, seed: int, min_trained: float, mix: Mix) -> dict[str, np.ndarray]:
+def _render(work: Path, seed: int, recipe: Recipe) -> dict[str, np.ndarray]:
     renderer = Renderer(AutoTokenizer.from_pretrained(work / "tokenizer"))
     ids: list[int] = []
     mask: list[bool] = []
     starts = [0]
-    for trajectory in trajectories(seed, PER_CHUNK, mix):
+    for trajectory in trajectories(seed, PER_CHUNK, recipe.mix):
         for row in renderer.rows(trajectory):
-            if len(row.ids) <= MAX_TOKENS and sum(row.mask) >= min_trained * len(row.ids):
+            if len(row.ids) <= MAX_TOKENS and sum(row.mask) >= recipe.min_trained * len(row.ids):
                 ids += row.ids
                 mask += row.mask
                 starts.append(len(ids))
     return {"ids": np.array(ids, np.uint16), "mask": np.array(mask, np.bool_), "starts": np.array(starts, np.int64)}
 
 
-def make_rows(work: Path, recipe: Recipe, number: int, processes: int) -> Rows:
-    """The rows of a stage, from chunks of trajectories by seed; no two stages share a seed."""
-    file = work / f"rows-{number}.safetensors"
+def make_rows(work: Path, recipe: Recipe, processes: int) -> Rows:
+    """Chunks of trajectories, by seed, until there are tokens enough."""
+    file = work / "rows.safetensors"
     if not file.exists():
-        stage = recipe.stages[number]
-        first = recipe.seed * 100_000 + 1 + sum(before.trajectories for before in recipe.stages[:number]) // PER_CHUNK
-        seeds = range(first, first + stage.trajectories // PER_CHUNK)
-        render = partial(_render, work, min_trained=recipe.min_trained, mix=stage.mix)
         chunks: list[dict[str, np.ndarray]] = []
+        first = recipe.seed * 100_000 + 1
+        seeds = range(first, first + recipe.trajectories // PER_CHUNK)
         with ProcessPoolExecutor(processes) as pool:
-            for chunk in pool.map(render, seeds):
+            for chunk in pool.map(_render, [work] * len(seeds), seeds, [recipe] * len(seeds)):
                 chunks.append(chunk)
-                typer.echo(f"stage {number}: {len(chunks)} of {len(seeds)} chunks of trajectories", err=True)
+                typer.echo(f"{len(chunks)} of {len(seeds)} chunks of trajectories", err=True)
         offsets = np.cumsum([0] + [len(chunk["ids"]) for chunk in chunks])
         starts = [chunk["starts"][:-1] + offset for chunk, offset in zip(chunks, offsets[:-1], strict=True)]
         save_file(
@@ -210,9 +191,7 @@ def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaFo
     return model
 
 
-def card(
-    recipe: Recipe, results: list[TrainResult], rows: list[Rows], parameters: int, seconds: float, english: bool
-) -> str:
+def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, seconds: float, english: bool) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     flag = " --english ../shared/data" if english else ""
     words = "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances for the tokenizer only" if english else "none"
@@ -228,12 +207,10 @@ of the support desk (`examples/support_desk`) for tenants invented at random. It
 to test with, not a general model: it has seen no other text. Its first two layers start as induction heads
 (`recipes/base/induction.py`), so that it can copy identifiers from the first step on.
 
-- Data: {sum(map(len, rows)):,} generated rows, {sum(len(each.ids) for each in rows):,} tokens,
-  {sum(int(each.mask.sum()) for each in rows):,} of them with loss. Never the tenants in
-  `examples/support_desk/tenants`, never the held-out request wording. Other text: {words}.
-- Training: {", then ".join(f"{one.tokens:,} tokens in {one.steps:,} steps to {one.loss:.4f} nats" for one in results)}
-  a trained token; {sum(one.seconds for one in results) / 60:.0f} minutes of training and {seconds / 60:.0f} in this
-  call on two CPU threads.
+- Data: {len(rows):,} generated rows, {len(rows.ids):,} tokens, {int(rows.mask.sum()):,} of them with loss. Never the
+  tenants in `examples/support_desk/tenants`, never the held-out request wording. Other text: {words}.
+- Training: {result.steps:,} steps, {result.tokens:,} tokens, final loss {result.loss:.4f} nats a trained token,
+  {result.seconds / 60:.0f} minutes of training and {seconds / 60:.0f} in all on {torch.get_num_threads()} CPU threads.
 - Again: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}{flag} -o src/engrain/base`
 
 {settings}
@@ -242,39 +219,32 @@ to test with, not a general model: it has seen no other text. Its first two laye
 
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the base goes")],
-    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 15_000_000,
+    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 7_000_000,
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
+    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 30_000,
     processes: int = 2,
+    lr: float = 2e-3,
+    layers: int = 6,
+    width: int = 192,
 ) -> None:
-    make_base(out, Recipe(tokens, seed=seed), work, english, processes)
-
-
-def make_base(out: Path, recipe: Recipe, work: Path, english: Path | None = None, processes: int = 2) -> None:
-    """All stages, each skipped where its result lies in `work`."""
     started = time.monotonic()
+    recipe = Recipe(tokens, trajectories, seed, lr=lr, layers=layers, width=width)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(work, recipe, english)
+    rows = make_rows(work, recipe, processes)
     base = Base(initial_model(tokenizer, recipe), tokenizer)
-    rows: list[Rows] = []
-    results: list[TrainResult] = []
-    for number, stage in enumerate(recipe.stages):
-        rows.append(make_rows(work, recipe, number, processes))
-        config = TrainConfig(
-            tokens=round(recipe.tokens * stage.share),
-            batch_tokens=recipe.batch_tokens,
-            lr=stage.lr,
-            seed=recipe.seed,
-            threads=2,
-        )
-        results.append(train(base, None, rows[-1], config, work / f"train-{number}"))
+    config = TrainConfig(
+        tokens=tokens, batch_tokens=recipe.batch_tokens, accumulate=1, lr=recipe.lr, seed=seed, threads=2
+    )
+    result = train(base, None, rows, config, work / "train")
     base.model.bfloat16()
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
-        file.write(card(recipe, results, rows, parameters, time.monotonic() - started, english is not None))
-    typer.echo(f"{out}: {parameters:,} parameters, loss {results[-1].loss:.4f}")
+        file.write(card(recipe, result, rows, parameters, time.monotonic() - started, english is not None))
+    typer.echo(f"{out}: {parameters:,} parameters, loss {result.loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class CompileConfig:
     """Learning rate; by default 2e-3 for LoRA and 5e-4 for full fine-tuning."""
     longest: int = 8192
     """Longer rows are left out and counted."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Tokens an optimizer step, in one packed pass."""
     keep_tools: bool = False
     """When compiling from logs: leave the tool schemas in the prompt."""
