@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from engrain.record import RecordReport
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-results = Console(highlight=False, soft_wrap=True)
+results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 def note(text: str) -> None:
@@ -79,7 +80,7 @@ def print_outcome(trajectory: Trajectory) -> None:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=number < 2)
     for row in rows:
         table.add_row(*row)
     results.print(table)
