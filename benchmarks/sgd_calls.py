@@ -5,7 +5,7 @@ tools or an answer. A call is right if the method and every argument are. Interv
 not calls. So that "always call" does not pay, gold answer turns are decoded too and calls made there are counted.
 Nothing here reads a test split. The data (CC BY-SA 4.0) stays where it is.
 
-    python benchmarks/sgd_calls.py AGENT --data /work/shared/data/sgd/dev.jsonl.gz -o sgd.json
+    python benchmarks/sgd_calls.py AGENT --data ../shared/data/sgd/dev.jsonl.gz -o sgd.json
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def seen_dialogues(data: Path, train_schema: Path, results: int) -> list[Traject
 
 def main(
     agent: Annotated[Path, typer.Argument(help="An agent directory, or a base directory for the base alone.")],
-    data: Annotated[Path, typer.Option(help="SGD dialogues to score on.")] = Path("/work/shared/data/sgd/dev.jsonl.gz"),
+    data: Annotated[Path, typer.Option(help="SGD dialogues to score on.")] = Path("../shared/data/sgd/dev.jsonl.gz"),
     train_schema: Annotated[Path | None, typer.Option(help="Default: train/schema.json beside the data.")] = None,
     arms: Annotated[str, typer.Option(help="base, base+tools, compiled; separated by commas.")] = "base,compiled",
     calls: Annotated[int, typer.Option(help="Call turns to score, drawn by --seed.")] = 1000,

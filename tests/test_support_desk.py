@@ -129,6 +129,15 @@ def test_every_kind_of_fault_and_recovery_occurs():
     assert {fault.recovery for fault in faults} == {"normal", "ignorable", "fatal"}
 
 
+def test_a_free_request_opens_a_desk_with_a_known_customer():
+    desk = DESK.open(Task(id="free", request="Where is A1001?", tenant="kestrel"))
+    assert (
+        store.get_customer(desk, "C1000")["tier"] == "gold" and store.verify_identity(desk, "C1000", "1234")["verified"]
+    )
+    assert all(store.get_order(desk, order)["amount"] > 0 for order in ("A1001", "A1002", "A1003"))
+    desk.close()
+
+
 def test_rare_exceptions_are_rare():
     tasks = draw("train", 1500)
     rows = [(task, row) for task in tasks for row in task.start.get("payments", [])]
