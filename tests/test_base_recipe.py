@@ -46,6 +46,13 @@ def test_contexts_come_in_three_depths_and_the_seed_decides(trajectories):
     assert [t.messages[1].content for t in again] == [t.messages[1].content for t in trajectories]
 
 
+def test_tenants_come_back_only_where_their_rules_are_not_given():
+    hidden = [t.tenant for t in data.trajectories(5, 40, data.Mix(full=0, rules=0, population=3))]
+    assert len(set(hidden)) == 3
+    given = [t.tenant for t in data.trajectories(5, 40, data.Mix(full=0.2, rules=0.8, population=3))]
+    assert len(set(given)) == 40 and not set(given) & set(hidden)
+
+
 def test_a_call_is_few_tokens_and_numbers_are_digits(trajectories):
     tokenizer = train_tokenizer((text for t in trajectories for text in make.texts_of(t)), 1500)
     call = '<tool_call>{"name": "get_order", "arguments": {"order_id": "A4821"}}</tool_call>'

@@ -48,6 +48,30 @@ def test_teacher_reaches_every_goal(split):
         assert not any(message.error in ("not_allowed", "bad_arguments") for message in trajectory.messages)
 
 
+def test_the_plan_quotes_the_customer_and_names_every_item():
+    for trajectory in run(draw("train", 60)):
+        request, plan = (message for message in trajectory.messages[1:3])
+        lines = plan.reasoning.splitlines()
+        assert lines and trajectory.task
+        for number, line in enumerate(lines, 1):
+            said, name = line.split(" = ")
+            assert said.removeprefix(f"{number}) ") in request.content
+            group, title = name.split(f" {number}: ")
+            assert group == requests.group(next(kind for kind in requests.KINDS if title.startswith(kind)))
+
+
+def test_every_refund_says_which_rules_of_the_tenant_led_to_it():
+    refunds = 0
+    for trajectory in run(draw("train", 60)):
+        known = rules.parse(DESK.tenants[trajectory.tenant].rules)
+        for message in trajectory.messages:
+            if message.tool_calls and message.tool_calls[0].name == "issue_refund":
+                refunds += 1
+                assert f"credit method of {trajectory.tenant}: {known.method}, " in message.reasoning
+                assert message.reasoning.endswith(f"version of {trajectory.tenant}: {known.version}")
+    assert refunds > 5
+
+
 def test_long_tasks_are_as_long_as_they_say():
     for split, steps in (("long20", 20), ("long40", 40)):
         assert all(steps <= trajectory.steps <= steps + 3 for trajectory in run(draw(split, 3)))

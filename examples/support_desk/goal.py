@@ -132,7 +132,7 @@ def expected(task: Task) -> tuple[list[Write], list[str]]:
             if fatal["exhausted"]:
                 mine, result = [*mine, handover], "handed over"
         writes += mine
-        lines.append(f"{number + 1} {result}")
+        lines.append(f"{number + 1}. {result}")
     return writes, lines
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "order status": (
@@ -224,19 +224,27 @@ REFUNDS = (
 )
 CHANGES = (*REFUNDS, "replace damaged", "replace wrong", "cancel", "change address", "late credit")
 KINDS = tuple(PHRASES)
+QUESTIONS = KINDS[: KINDS.index("transit days") + 1]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing asked for: its kind and what it is about (an order, SKU or ticket; for a new address, that too)."""
+    """One thing asked for: its kind, what it is about (an order, SKU or ticket; for a new address, that too), and the
+    words in which the customer asks for it."""
 
     kind: str
     about: str = ""
     address: str = ""
+    said: str = ""
 
     @property
     def title(self) -> str:
         return " ".join(filter(None, (self.kind, self.about)))
+
+
+def group(kind: str) -> str:
+    """What a kind of request is for the rules: a question, a refund, another change, or a matter to pass on."""
+    return "question" if kind in QUESTIONS else "refund" if kind in REFUNDS else "change" if kind in CHANGES else "matter"
 
 
 def vary(phrase: str, rng: random.Random) -> str:
@@ -251,12 +259,19 @@ def clause(item: Item, rng: random.Random, held_out: bool) -> str:
     return vary(rng.choice(phrases), rng).format(**{key: item.about, "a": item.address})
 
 
+def say(items: list[Item], rng: random.Random, held_out: bool) -> list[Item]:
+    """The items with the customer's words for each."""
+    said = [clause(item, rng, held_out) for item in items]
+    if len(said) == 1:
+        said[0] = said[0][0].upper() + said[0][1:]
+    return [replace(item, said=words) for item, words in zip(items, said, strict=True)]
+
+
 def request(items: list[Item], customer: str, pin: str, rng: random.Random, held_out: bool) -> str:
     """The customer's message: who they are, then what they want, numbered when there are several things."""
     opening = rng.choice(OPENINGS_HELD_OUT if held_out else OPENINGS).format(c=customer, p=pin)
-    said = [clause(item, rng, held_out) for item in items]
-    if len(said) == 1:
-        body = said[0][0].upper() + said[0][1:] + "."
+    if len(items) == 1:
+        body = f"{items[0].said}."
     else:
-        body = rng.choice(LISTS) + "".join(f"\n{number}) {text}" for number, text in enumerate(said, 1))
+        body = rng.choice(LISTS) + "".join(f"\n{number}) {item.said}" for number, item in enumerate(items, 1))
     return f"{opening} {body}{rng.choice(CLOSINGS)}"

@@ -17,7 +17,7 @@ from engrain.trajectory import Message
 
 from . import teacher
 from .goal import items_of, rules_of
-from .requests import KINDS, Item, request
+from .requests import KINDS, Item, request, say
 from .rules import CATEGORIES, METHODS, TIERS, Rules
 from .store import READS, Desk
 
@@ -132,7 +132,7 @@ def make_task(
     right_pin = "".join(rng.choice("0123456789") for _ in range(4))
     pin = right_pin if count > 3 or rng.random() > 0.04 else right_pin[::-1]
     kinds = rng.choices(KINDS, k=count) if count > 1 else [rng.choice(KINDS)]
-    items = [_item(kind, rng, taken) for kind in kinds]
+    items = say([_item(kind, rng, taken) for kind in kinds], rng, held_out)
     start: dict[str, list[Any]] = {
         "customers": [{"customer_id": customer, "name": rng.choice(NAMES), "tier": tier, "pin": right_pin}]
     }
@@ -163,14 +163,20 @@ def make_task(
 
 def next_turn(task: Task, messages: Sequence[Message]) -> Message:
     """The teacher, for a task of this generator."""
-    return teacher.next_turn(items_of(task), task.goal["customer"], task.goal["pin"], rules_of(task), messages)
+    return decide(task, messages)[0]
+
+
+def decide(task: Task, messages: Sequence[Message]) -> tuple[Message, int]:
+    """The teacher's turn and the index of the item that it serves."""
+    goal = task.goal
+    return teacher.decide(items_of(task), goal["customer"], goal["pin"], task.tenant, rules_of(task), messages)
 
 
 def walk(task: Task, tools: dict[str, Tool]) -> list[tuple[Message, int]]:
     """The teacher's turns without faults, each with the index of the item that it serves."""
     desk, messages, turns = Desk(task.start), [Message(role="user", content=task.request)], []
     while True:
-        turn, item = teacher.decide(items_of(task), task.goal["customer"], task.goal["pin"], rules_of(task), messages)
+        turn, item = decide(task, messages)
         turns.append((turn, item))
         if not turn.tool_calls:
             desk.close()

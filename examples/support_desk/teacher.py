@@ -3,6 +3,9 @@
 It keeps no memory. Each turn it walks the customer's items through the procedure, answering every read from the calls
 that the trajectory already holds; the first thing it needs and does not have is its next action. So it continues
 rightly from any state, also one that a student wandered into.
+
+Its notes say why: the customer's words are quoted before they are named, and a rule of the tenant is recalled beside
+the value that it is held against. So each decision can be read, and a student decides from what stands right there.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 
 from engrain.trajectory import Message, ToolCall
 
-from .requests import CHANGES, REFUNDS, Item
+from .requests import CHANGES, REFUNDS, Item, group
 from .rules import Rules
 
 ATTEMPTS = 3
@@ -24,8 +27,8 @@ RENAMED = {"amount": "total", "days_since_delivery": "delivered_days_ago", "days
 class Act(Exception):
     """The next action: a call that is needed now."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], first_of_item: bool) -> None:
-        self.name, self.arguments, self.first_of_item = name, arguments, first_of_item
+    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+        self.name, self.arguments = name, arguments
 
 
 class Stop(Exception):
@@ -40,8 +43,9 @@ class View:
     """The calls of a trajectory and what came back, in the order in which the procedure asks for them."""
 
     messages: Sequence[Message]
+    tenant: str
     notes: list[str] = field(default_factory=list)
-    asked: int = 0
+    """What there is to say since the last result."""
 
     def __post_init__(self) -> None:
         results = {message.tool_call_id: message for message in self.messages if message.role == "tool"}
@@ -63,7 +67,6 @@ class View:
         key = (tool, _key(json.dumps(arguments)))
         attempts = self.calls.get(key, [])[self.used.get(key, 0) :]
         for number, attempt in enumerate(attempts, 1):
-            self.asked += 1
             if attempt.error == "missing_record":
                 self.used[key] = self.used.get(key, 0) + number
                 self.notes.clear()
@@ -74,9 +77,15 @@ class View:
                 self.used[key] = self.used.get(key, 0) + number
                 return result
             if number == ATTEMPTS:
+                self.notes.append(f"failed {ATTEMPTS} times")
                 self.used[key] = self.used.get(key, 0) + number
                 raise TimeoutError(tool)
-        raise Act(tool, arguments, self.asked == 0)
+            self.notes.append(f"retry {number}")
+        raise Act(tool, arguments)
+
+    def rule(self, name: str, value: object, held_against: str = "") -> None:
+        """Note what a rule of this tenant says, and what that means for the value at hand."""
+        self.notes.append(f"{name} of {self.tenant}: {value}{', ' if held_against else ''}{held_against}")
 
 
 def _key(arguments: str) -> str:
@@ -95,10 +104,10 @@ def _fields(content: str) -> dict[str, Any]:
     return {back.get(str(name), str(name)): value for name, value in result.items()} if isinstance(result, dict) else {}
 
 
-def within(view: View, value: int, limit: int, what: str) -> bool:
+def within(view: View, name: str, limit: int, value: int) -> bool:
     """Compare in writing, so that the numbers stand beside each other before the decision."""
     fits = value <= limit
-    view.notes.append(f"{what} {value} of {limit}: {'within' if fits else 'over'}")
+    view.rule(name, limit, f"{value} is {'within' if fits else 'over'}")
     return fits
 
 
@@ -116,52 +125,54 @@ def _confirm(view: View, tool: str, order: str) -> None:
     try:
         view.get(tool, order_id=order)
     except TimeoutError:
-        view.notes.append("not confirmed, ignorable")
+        view.notes.append("ignore it")
 
 
 def _pay_back(item: Item, view: View, rules: Rules, tier: str, amount: int, method: str = "") -> str:
     method = method or view.get("get_payment", order_id=item.about, needs=("method",))["method"]
-    fits = within(view, amount, rules.limits[tier], f"{tier} refund")
-    if not fits and not view.get("request_approval", order_id=item.about, role=rules.role)["approved"]:
-        return "denied by approver"
+    if not within(view, f"{tier} limit", rules.limits[tier], amount):
+        view.rule("approver", rules.role)
+        if not view.get("request_approval", order_id=item.about, role=rules.role)["approved"]:
+            return "denied by approver"
+    view.rule("credit method", rules.method, f"{method} gets {'credit' if method == rules.method else 'refund'}")
     if method == rules.method:
-        view.notes.append(f"{rules.method}: credit")
         view.get("issue_credit", order_id=item.about, amount=amount)
         _confirm(view, "get_payment", item.about)
         return f"credited {amount}"
+    view.rule("version", rules.version)
     view.get("issue_refund", order_id=item.about, amount=amount, api_version=rules.version)
     _confirm(view, "get_payment", item.about)
     return f"refunded {amount}"
 
 
 def _send_again(item: Item, view: View, rules: Rules) -> str:
+    view.rule("version", rules.version)
     view.get("send_replacement", order_id=item.about, api_version=rules.version)
     _confirm(view, "get_order", item.about)
     return "replaced"
 
 
-def _in_window(item: Item, view: View, rules: Rules) -> bool:
+def _taken_back(item: Item, view: View, rules: Rules) -> dict[str, Any]:
+    """The order, if its category and the days since its delivery allow to take it back; else raises `Stop`."""
+    order = view.get("get_order", order_id=item.about, needs=("amount", "category"))
+    denied = order["category"] == rules.category
+    view.rule("no returns", rules.category, f"{order['category']} is {'denied' if denied else 'fine'}")
+    if denied:
+        raise Stop("denied by category")
     shipment = view.get("get_shipment", order_id=item.about, needs=("days_since_delivery",))
     late_report = item.kind in ("refund wrong", "return unwanted", "replace wrong")
-    days = rules.return_days if late_report else rules.damage_days
-    return within(view, shipment["days_since_delivery"], days, "days")
+    name, days = ("return window", rules.return_days) if late_report else ("damage window", rules.damage_days)
+    if not within(view, name, days, shipment["days_since_delivery"]):
+        raise Stop("denied by window")
+    return order
 
 
 def _refund(item: Item, view: View, rules: Rules, tier: str) -> str:
-    order = view.get("get_order", order_id=item.about, needs=("amount", "category"))
-    if order["category"] == rules.category:
-        return "denied by category"
-    if not _in_window(item, view, rules):
-        return "denied by window"
-    return _pay_back(item, view, rules, tier, order["amount"])
+    return _pay_back(item, view, rules, tier, _taken_back(item, view, rules)["amount"])
 
 
 def _replace(item: Item, view: View, rules: Rules, tier: str) -> str:
-    order = view.get("get_order", order_id=item.about, needs=("amount", "category"))
-    if order["category"] == rules.category:
-        return "denied by category"
-    if not _in_window(item, view, rules):
-        return "denied by window"
+    order = _taken_back(item, view, rules)
     if view.get("check_stock", sku=order["sku"])["stock"] == 0:
         view.notes.append("no stock: refund")
         return _pay_back(item, view, rules, tier, order["amount"])
@@ -187,20 +198,22 @@ def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
     parcel = view.get("get_shipment", order_id=item.about, needs=("parcel",))["parcel"]
     if parcel != "lost":
         return f"denied, parcel {parcel}"
+    view.rule("lost parcel", rules.lost)
     if rules.lost == "replacement":
         return _send_again(item, view, rules)
     amount = view.get("get_order", order_id=item.about, needs=("amount",))["amount"]
     return _pay_back(item, view, rules, tier, amount)
 
 
-def _is_open(item: Item, view: View, rules: Rules) -> bool:
-    value = view.get("get_order", order_id=item.about, needs=(rules.field,))[rules.field]
-    view.notes.append(f"{rules.field} is {value}")
-    return value == "open"
+def _where(item: Item, view: View, rules: Rules) -> str:
+    """Where the order stands, by the one field that counts."""
+    value = str(view.get("get_order", order_id=item.about, needs=(rules.field,))[rules.field])
+    view.rule("field", rules.field, value)
+    return value
 
 
 def _cancel(item: Item, view: View, rules: Rules, tier: str) -> str:
-    if not _is_open(item, view, rules):
+    if _where(item, view, rules) != "open":
         return "denied, not open"
     view.get("cancel_order", order_id=item.about)
     _confirm(view, "get_order", item.about)
@@ -208,7 +221,7 @@ def _cancel(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 
 def _address(item: Item, view: View, rules: Rules, tier: str) -> str:
-    if not _is_open(item, view, rules):
+    if _where(item, view, rules) != "open":
         return "denied, not open"
     view.get("update_address", order_id=item.about, address=item.address)
     return "address changed"
@@ -216,8 +229,9 @@ def _address(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 def _late(item: Item, view: View, rules: Rules, tier: str) -> str:
     days = view.get("get_shipment", order_id=item.about, needs=("days_in_transit",))["days_in_transit"]
-    if within(view, days, rules.late_days, "days"):
+    if within(view, "late mark", rules.late_days, days):
         return "denied, not late"
+    view.rule("goodwill", rules.goodwill)
     view.get("issue_credit", order_id=item.about, amount=rules.goodwill)
     _confirm(view, "get_payment", item.about)
     return f"credited {rules.goodwill}"
@@ -225,7 +239,9 @@ def _late(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 def _sensitive(item: Item, view: View, rules: Rules, tier: str) -> str:
     """Sensitive categories that the tenant escalates; every other matter becomes a ticket."""
-    if team := rules.teams.get(item.kind):
+    team = rules.teams.get(item.kind)
+    view.rule(f"{item.kind} team", team or "none")
+    if team:
         view.get("escalate", category=item.kind, team=team)
         return f"escalated to {team}"
     view.get("open_ticket", topic=item.kind)
@@ -245,12 +261,8 @@ def _read(tool: str, name: str):
     return read
 
 
-def _order_status(item: Item, view: View, rules: Rules, tier: str) -> str:
-    return str(view.get("get_order", order_id=item.about, needs=(rules.field,))[rules.field])
-
-
 _PROCEDURES = {
-    "order status": _order_status,
+    "order status": lambda item, view, rules, tier: _where(item, view, rules),
     "parcel status": _read("get_shipment", "parcel"),
     "payment status": _read("get_payment", "payment"),
     "payment method": _read("get_payment", "method"),
@@ -276,61 +288,49 @@ _PROCEDURES = {
 }
 
 
-def needs_identity(items: Sequence[Item], rules: Rules) -> bool:
+def needs_identity(items: Sequence[Item], rules: Rules) -> int:
+    """The number of the first item for which this tenant verifies identity; 0 if there is none."""
     guarded = {"every request": None, "changes": CHANGES, "refunds": REFUNDS}[rules.identity]
-    return guarded is None or any(item.kind in guarded for item in items)
+    return next((number for number, item in enumerate(items, 1) if guarded is None or item.kind in guarded), 0)
 
 
-@dataclass
-class Progress:
-    """How far the items are: each finished item's result, and whether it took any call."""
-
-    items: Sequence[Item]
-    results: list[str] = field(default_factory=list)
-    called: list[bool] = field(default_factory=list)
-
-    def unspoken(self) -> list[str]:
-        """Results to note down: of the last item that took calls, and of those after it that took none."""
-        start = next((i for i in reversed(range(len(self.called))) if self.called[i]), 0)
-        return [f"{number} {result}" for number, result in list(enumerate(self.results, 1))[start:]]
-
-
-def next_turn(items: Sequence[Item], customer: str, pin: str, rules: Rules, messages: Sequence[Message]) -> Message:
-    """The right next assistant turn."""
-    return decide(items, customer, pin, rules, messages)[0]
+def plan(items: Sequence[Item]) -> str:
+    """Each item in the customer's words, then what kind of thing it is."""
+    return "\n".join(
+        f"{number}) {item.said} = {group(item.kind)} {number}: {item.title}" for number, item in enumerate(items, 1)
+    )
 
 
 def decide(
-    items: Sequence[Item], customer: str, pin: str, rules: Rules, messages: Sequence[Message]
+    items: Sequence[Item], customer: str, pin: str, tenant: str, rules: Rules, messages: Sequence[Message]
 ) -> tuple[Message, int]:
     """The next turn, and the index of the item that it serves (-1 for none in particular)."""
-    view, progress = View(messages), Progress(items)
+    view, results = View(messages, tenant), list[str]()
     try:
         tier, refusal = _identify(view, items, customer, pin, rules)
         if refusal:
             return Message(role="assistant", content=refusal), -1
-        for item in items:
-            view.asked = 0
+        for number, item in enumerate(items, 1):
+            view.notes.append(f"{number}: {item.title}")
             try:
                 result = handle(item, view, rules, tier)
             except Stop as stop:
                 result = stop.result
-            progress.results.append(result)
-            progress.called.append(view.asked > 0)
+            results.append(f"{number}. {result}")
+            view.notes.append(results[-1])
     except Act as act:
-        item = -1 if act.name in ("get_customer", "verify_identity") else len(progress.results)
-        return _call(act, item, progress, view), item
-    reasoning = "; ".join([*view.notes, *progress.unspoken()])
-    content = "\n".join(f"{number} {result}" for number, result in enumerate(progress.results, 1))
-    return Message(role="assistant", reasoning=reasoning, content=content), -1
+        item = -1 if act.name in ("get_customer", "verify_identity") else len(results)
+        return _call(act, view, items), item
+    return Message(role="assistant", reasoning="; ".join(view.notes), content="\n".join(results)), -1
 
 
 def _identify(view: View, items: Sequence[Item], customer: str, pin: str, rules: Rules) -> tuple[str, str]:
     """Find and, where the tenant asks for it, verify the customer; returns their tier and a refusal, one empty."""
     try:
         tier = view.get("get_customer", customer_id=customer, needs=("tier",))["tier"]
-        guarded = needs_identity(items, rules)
-        if guarded and not view.get("verify_identity", customer_id=customer, pin=pin)["verified"]:
+        number = needs_identity(items, rules)
+        view.rule("identity", rules.identity, f"item {number}" if number else "no item")
+        if number and not view.get("verify_identity", customer_id=customer, pin=pin)["verified"]:
             return "", "Identity not verified."
     except Stop:
         return "", "Customer not found."
@@ -340,12 +340,7 @@ def _identify(view: View, items: Sequence[Item], customer: str, pin: str, rules:
     return tier, ""
 
 
-def _call(act: Act, item: int, progress: Progress, view: View) -> Message:
+def _call(act: Act, view: View, items: Sequence[Item]) -> Message:
     made = sum(len(message.tool_calls) for message in view.messages)
-    notes = list(view.notes)
-    if not made:
-        notes = [f"{number} {each.title}" for number, each in enumerate(progress.items, 1)]
-    elif act.first_of_item and item >= 0:
-        notes += [*progress.unspoken(), f"{item + 1} {progress.items[item].title}"]
     call = ToolCall(id=f"call_{made + 1}", name=act.name, arguments=json.dumps(act.arguments, ensure_ascii=False))
-    return Message(role="assistant", reasoning="; ".join(notes), tool_calls=[call])
+    return Message(role="assistant", reasoning="; ".join(view.notes) if made else plan(items), tool_calls=[call])

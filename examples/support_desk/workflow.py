@@ -21,10 +21,8 @@ from .store import READS, WRITES, Desk
 
 PROCEDURE = """\
 Work through the customer's items in the order in which they are numbered, one call at a time.
-First write a plan: number and name every item, with its order, SKU or ticket. Then call get_customer to learn the \
-customer's tier, and verify_identity where the tenant's rules ask for it; if the PIN is wrong, answer "Identity not \
-verified." and do nothing else.
-When you start an item, note the result of the one before it and name the new one.
+First write a plan, a line an item: its number and ")", the customer's words for it, "=", its group (question, refund, change or matter), its number and ":", its kind and its order, SKU or ticket. Then call get_customer to learn the customer's tier, and verify_identity where the tenant's rules ask for it; if the PIN is wrong, answer "Identity not verified." and do nothing else.
+When you start an item, note the result of the one before it and name the new one. Whenever a rule decides, first note the rule, the tenant's name, what the rule says and the value that you hold against it.
 Questions are answered by one read: get_order, get_shipment, get_payment or check_stock. Of the order's three status \
 fields only the one named in the rules counts.
 Refunds and returns: get_order; deny items of the category that is never taken back. get_shipment; compare the days \
@@ -39,13 +37,13 @@ Cancel an order or change its address only while the field that counts says open
 A late parcel gets the goodwill credit if its days in transit are over the late mark.
 Sensitive matters (fraud, safety, legal, press, privacy): escalate to the team named in the rules; if none is named, \
 open_ticket with that topic. Invoices, callbacks and billing questions: open_ticket.
-Answer with one line for each item: its number and its result."""
+Answer with one line for each item: its number, a full stop and its result."""
 
 PLAN = "number and name the items, then find the customer."
 EXECUTE = "take the next step of the current item, or answer when all items are done."
 VALIDATE = "after a refund or credit read the payment, after a replacement or cancellation read the order, to confirm."
 RECOVER = """\
-a call failed. Repeat it up to two times after a timeout, 429 or 500. If it still fails: ignore it when you were only \
+a call failed. Repeat it up to two times after a timeout, 429 or 500, counting the retries. If it still fails: ignore it when you were only \
 confirming, otherwise open_ticket with topic handover and go on with the next item. A missing record ends the item as \
 not found. A renamed field has the same meaning; if a field is missing from a result, read again."""
 

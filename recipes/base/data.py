@@ -1,8 +1,9 @@
 """Trajectories for the bundled base: the support desk with tenants drawn at random, in three depths of context.
 
-Each tenant has its own invented name and rules, so a name tells nothing and the rules must be read from the prompt.
-The tenants of `examples/support_desk/tenants` and the held-out wording never occur. A row carries the whole procedure,
-schemas and profile in its prompt (`full`), the profile alone (`rules`), or nothing (`none`).
+A row carries the whole procedure, schemas and profile in its prompt (`full`), the profile alone (`rules`), or nothing
+(`none`). With a profile, each tenant has a name and rules of its own, so a name tells nothing and the rules must be
+read; without one, tenants come back, so that a name is worth looking at. The tenants of
+`examples/support_desk/tenants` and the held-out wording never occur.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from engrain.context import Section
 from engrain.policy import ScriptTeacher
@@ -57,16 +59,25 @@ SYLLABLES = [
 class Mix:
     """Shares of rows by depth of context, and of tasks with many items or with faults."""
 
-    full: float = 0.08
-    rules: float = 0.30
+    full: float = 0.04
+    rules: float = 0.26
     many: float = 0.15
     faults: float = 0.25
+    population: int = 40
+    """How many tenants come back in the rows without context."""
 
 
 def _tenant(rng: random.Random, names: set[str]) -> str:
     while (name := "".join(rng.choices(SYLLABLES, k=3))) in names:
         pass
     return name
+
+
+def _population(count: int, tenant_rules: Any) -> dict[str, Any]:
+    """Tenants that come back, by name, the same in every chunk; their names have two syllables."""
+    rng = random.Random("population")
+    names = rng.sample([first + last for first in SYLLABLES for last in SYLLABLES], count)
+    return {name: tenant_rules.draw(rng) for name in names}
 
 
 def _system(workflow: Workflow, tenant: str, depth: str) -> str:
@@ -84,10 +95,14 @@ def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory
     tenants: dict[str, Section] = {}
     tasks: list[Task] = []
     depths: dict[str, str] = {}
+    regulars = _population(mix.population, tenant_rules)
     for number in range(count):
-        name, rules = _tenant(rng, {*desk.tenants, *tenants}), tenant_rules.draw(rng)
-        tenants[name] = Section("tenant", name, tuple(tenant_rules.write(rules, rng)))
         depth = rng.choices(("full", "rules", "none"), (mix.full, mix.rules, 1 - mix.full - mix.rules))[0]
+        if depth == "none":
+            name, rules = rng.choice(list(regulars.items()))
+        else:
+            name, rules = _tenant(rng, {*desk.tenants, *tenants}), tenant_rules.draw(rng)
+        tenants[name] = Section("tenant", name, tuple(tenant_rules.write(rules, rng)))
         many = rng.random() < mix.many or depth == "full"
         items = rng.randint(3, 12) if many else rng.choice((1, 1, 2, 3))
         faults = rng.choice((1, 1, 2)) if rng.random() < mix.faults else 0

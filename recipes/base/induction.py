@@ -21,7 +21,7 @@ CONTENT = 20
 """Dimensions in which a token is recognised."""
 SLOW = 12
 """Rotary pairs from here on turn so slowly that distance hardly changes a match."""
-LOOK_BACK, MATCH, WRITE, COPY = 8.0, (3.5, 3.0, 3.0), 0.12, 0.6
+LOOK_BACK, MATCH, WRITE, COPY = 8.0, (3.5, 3.0, 3.0), 0.12, 0.15
 
 
 def write_induction_heads(model: LlamaForCausalLM, generator: torch.Generator) -> None:
@@ -39,8 +39,8 @@ def write_induction_heads(model: LlamaForCausalLM, generator: torch.Generator) -
         embeddings.copy_(size * (torch.nn.functional.normalize(embeddings @ words.T @ words) + constant))
         layers: Any = model.model.layers
         for layer in layers:
-            layer.self_attn.o_proj.weight.mul_(0.25)
-            layer.mlp.down_proj.weight.mul_(0.25)
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
         known = words[:CONTENT]
 
         first = layers[0].self_attn

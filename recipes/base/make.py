@@ -41,14 +41,14 @@ class Recipe:
 
     tokens: int
     """The dial: tokens to train on."""
-    trajectories: int = 30_000
+    trajectories: int = 34_000
     """How many are generated; enough for each row to be met at most once at the default dial."""
     seed: int = 0
     vocabulary: int = 4096
     width: int = 192
     layers: int = 6
-    lr: float = 2e-3
-    batch_tokens: int = 4096
+    lr: float = 1.5e-3
+    batch_tokens: int = 6144
     initializer_range: float = 0.04
     min_trained: float = 0.15
     """Rows with a smaller share of trained tokens are left out: long prompts before few turns teach little."""
@@ -219,13 +219,13 @@ to test with, not a general model: it has seen no other text. Its first two laye
 
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the base goes")],
-    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 7_000_000,
+    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 17_000_000,
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
-    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 30_000,
+    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 34_000,
     processes: int = 2,
-    lr: float = 2e-3,
+    lr: float = 1.5e-3,
     layers: int = 6,
     width: int = 192,
 ) -> None:
