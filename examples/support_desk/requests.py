@@ -244,7 +244,8 @@ class Item:
 
 def group(kind: str) -> str:
     """What a kind of request is for the rules: a question, a refund, another change, or a matter to pass on."""
-    return "question" if kind in QUESTIONS else "refund" if kind in REFUNDS else "change" if kind in CHANGES else "matter"
+    groups = {"question": QUESTIONS, "refund": REFUNDS, "change": CHANGES}
+    return next((name for name, kinds in groups.items() if kind in kinds), "matter")
 
 
 def vary(phrase: str, rng: random.Random) -> str:

@@ -21,8 +21,12 @@ from .store import READS, WRITES, Desk
 
 PROCEDURE = """\
 Work through the customer's items in the order in which they are numbered, one call at a time.
-First write a plan, a line an item: its number and ")", the customer's words for it, "=", its group (question, refund, change or matter), its number and ":", its kind and its order, SKU or ticket. Then call get_customer to learn the customer's tier, and verify_identity where the tenant's rules ask for it; if the PIN is wrong, answer "Identity not verified." and do nothing else.
-When you start an item, note the result of the one before it and name the new one. Whenever a rule decides, first note the rule, the tenant's name, what the rule says and the value that you hold against it.
+First write a plan, a line an item: its number and ")", the customer's words for it, "=", its group (question, refund, \
+change or matter), its number and ":", its kind and its order, SKU or ticket. Then call get_customer to learn the \
+customer's tier, and verify_identity where the tenant's rules ask for it; if the PIN is wrong, answer "Identity not \
+verified." and do nothing else.
+When you start an item, note the result of the one before it and name the new one. Whenever a rule decides, first note \
+the rule, the tenant's name, what the rule says and the value that you hold against it.
 Questions are answered by one read: get_order, get_shipment, get_payment or check_stock. Of the order's three status \
 fields only the one named in the rules counts.
 Refunds and returns: get_order; deny items of the category that is never taken back. get_shipment; compare the days \
@@ -43,9 +47,10 @@ PLAN = "number and name the items, then find the customer."
 EXECUTE = "take the next step of the current item, or answer when all items are done."
 VALIDATE = "after a refund or credit read the payment, after a replacement or cancellation read the order, to confirm."
 RECOVER = """\
-a call failed. Repeat it up to two times after a timeout, 429 or 500, counting the retries. If it still fails: ignore it when you were only \
-confirming, otherwise open_ticket with topic handover and go on with the next item. A missing record ends the item as \
-not found. A renamed field has the same meaning; if a field is missing from a result, read again."""
+a call failed. Repeat it up to two times after a timeout, 429 or 500, counting the retries. If it still fails: ignore \
+it when you were only confirming, otherwise open_ticket with topic handover and go on with the next item. A missing \
+record ends the item as not found. A renamed field has the same meaning; if a field is missing from a result, read \
+again."""
 
 TOOLS = tuple(from_function(function, state=Desk) for function in (*READS, *WRITES))
 ALL = tuple(tool.name for tool in TOOLS)
