@@ -8,7 +8,6 @@ the same command continues after an interruption. One main dial: `--tokens`.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -191,7 +190,7 @@ def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaFo
     return model
 
 
-def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, seconds: float, english: bool) -> str:
+def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, english: bool) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     flag = " --english ../shared/data" if english else ""
     words = "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances for the tokenizer only" if english else "none"
@@ -210,7 +209,7 @@ to test with, not a general model: it has seen no other text. Its first two laye
 - Data: {len(rows):,} generated rows, {len(rows.ids):,} tokens, {int(rows.mask.sum()):,} of them with loss. Never the
   tenants in `examples/support_desk/tenants`, never the held-out request wording. Other text: {words}.
 - Training: {result.steps:,} steps, {result.tokens:,} tokens, final loss {result.loss:.4f} nats a trained token,
-  {result.seconds / 60:.0f} minutes of training and {seconds / 60:.0f} in all on {torch.get_num_threads()} CPU threads.
+  {result.seconds / 60:.0f} minutes of training on {torch.get_num_threads()} CPU threads, interruptions left out.
 - Again: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}{flag} -o src/engrain/base`
 
 {settings}
@@ -229,7 +228,6 @@ def main(
     layers: int = 6,
     width: int = 192,
 ) -> None:
-    started = time.monotonic()
     recipe = Recipe(tokens, trajectories, seed, lr=lr, layers=layers, width=width)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(work, recipe, english)
@@ -243,7 +241,7 @@ def main(
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
-        file.write(card(recipe, result, rows, parameters, time.monotonic() - started, english is not None))
+        file.write(card(recipe, result, rows, parameters, english is not None))
     typer.echo(f"{out}: {parameters:,} parameters, loss {result.loss:.4f}")
 
 

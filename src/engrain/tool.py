@@ -142,8 +142,8 @@ def failed(code: str, message: str, seconds: float = 0.0) -> Observation:
 def _explained(error: BaseException, seconds: float = 0.0) -> Observation:
     try:
         text = str(error)
-    except Exception:
-        text = ""
+    except Exception as unreadable:  # a tool's error may fail to describe itself
+        text = f"(its message cannot be read: {type(unreadable).__name__})"
     if isinstance(error, ToolFailure):
         return failed(str(error.code), text, seconds)
     kind = type(error).__name__
