@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +52,27 @@ def test_tenants_come_back_only_where_their_rules_are_not_given():
     assert len(set(hidden)) == 3
     given = [t.tenant for t in data.trajectories(5, 40, data.Mix(full=0.2, rules=0.8, population=3))]
     assert len(set(given)) == 40 and not set(given) & set(hidden)
+
+
+def test_drills_ask_for_what_can_be_read_or_known():
+    rows = list(data.practice(5, 60, english=["One two three.", "Four five."]))
+    assert {row.kind for row in rows} == {"recall", "compare", "repeat"}
+    for row in rows:
+        system, asked, answer = (message.content for message in row.messages)
+        if row.kind == "repeat":
+            assert asked == f"Repeat: {answer}" and "three." in answer
+        elif row.kind == "compare":
+            pairs = re.findall(r"(\d+), (\d+) is (within|over)", answer)
+            assert len(pairs) > 10
+            assert all((int(value) <= int(limit)) == (word == "within") for limit, value, word in pairs)
+        else:
+            name = re.search(r"Tenant: (\w+)\.", system)
+            assert name and name[1] not in DESK.tenants
+            said = dict(line.split(": ") for line in answer.split("; "))
+            assert list(said) == asked.removeprefix("Name: ").split("; ")
+            assert all(rule.endswith(f" of {name[1]}") for rule in said)
+            if "Rules of" in system:
+                assert all(value in system for value in said.values() if value != "none")
 
 
 def test_a_call_is_few_tokens_and_numbers_are_digits(trajectories):

@@ -262,7 +262,7 @@ def raising(error: BaseException) -> Any:
         (ToolFailure("missing_record"), "missing_record", "missing_record"),
         (ValueError("é\ud800"), "exception", "ValueError: é?"),
         (KeyError("k" * 5000), "exception", "KeyError: 'kkkk"),
-        (Unprintable(), "exception", "Unprintable: "),
+        (Unprintable(), "exception", "Unprintable: (its message cannot be read: RuntimeError)"),
         (TimeoutError("socket"), "timeout", "TimeoutError: socket"),
         (SystemExit(3), "exception", "SystemExit: 3"),
         (KeyboardInterrupt(), "exception", "KeyboardInterrupt: "),

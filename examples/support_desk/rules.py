@@ -173,6 +173,25 @@ def write(rules: Rules, rng: random.Random) -> list[str]:
     return [rng.choice(WORDINGS[rule]).format(**words) for rule, words in values]
 
 
+def said(rules: Rules) -> dict[str, str]:
+    """Each rule by the name under which the teacher recalls it, with what it says."""
+    return {
+        **{f"{tier} limit": str(amount) for tier, amount in rules.limits.items()},
+        "field": rules.field,
+        "version": rules.version,
+        "approver": rules.role,
+        "identity": rules.identity,
+        "return window": str(rules.return_days),
+        "damage window": str(rules.damage_days),
+        "late mark": str(rules.late_days),
+        "goodwill": str(rules.goodwill),
+        "lost parcel": rules.lost,
+        "credit method": rules.method,
+        "no returns": rules.category,
+        **{f"{kind} team": rules.teams.get(kind, "none") for kind in SENSITIVE},
+    }
+
+
 def parse(bullets: Sequence[str]) -> Rules:
     """Read a profile's bullets. Raises `WorkflowError` for a line that no wording fits or a rule that is missing."""
     limits: dict[str, int] = {}

@@ -11,14 +11,14 @@ the value that it is held against. So each decision can be read, and a student d
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from engrain.trajectory import Message, ToolCall
 
 from .requests import CHANGES, REFUNDS, Item, group
-from .rules import Rules
+from .rules import Rules, said
 
 ATTEMPTS = 3
 RENAMED = {"amount": "total", "days_since_delivery": "delivered_days_ago", "days_in_transit": "transit_days"}
@@ -44,6 +44,8 @@ class View:
 
     messages: Sequence[Message]
     tenant: str
+    says: Mapping[str, str]
+    """The tenant's rules by name."""
     notes: list[str] = field(default_factory=list)
     """What there is to say since the last result."""
 
@@ -83,9 +85,10 @@ class View:
             self.notes.append(f"retry {number}")
         raise Act(tool, arguments)
 
-    def rule(self, name: str, value: object, held_against: str = "") -> None:
+    def rule(self, name: str, held_against: str = "") -> None:
         """Note what a rule of this tenant says, and what that means for the value at hand."""
-        self.notes.append(f"{name} of {self.tenant}: {value}{', ' if held_against else ''}{held_against}")
+        said = self.says.get(name, "none")
+        self.notes.append(f"{name} of {self.tenant}: {said}{', ' if held_against else ''}{held_against}")
 
 
 def _key(arguments: str) -> str:
@@ -107,7 +110,7 @@ def _fields(content: str) -> dict[str, Any]:
 def within(view: View, name: str, limit: int, value: int) -> bool:
     """Compare in writing, so that the numbers stand beside each other before the decision."""
     fits = value <= limit
-    view.rule(name, limit, f"{value} is {'within' if fits else 'over'}")
+    view.rule(name, f"{value} is {'within' if fits else 'over'}")
     return fits
 
 
@@ -130,23 +133,24 @@ def _confirm(view: View, tool: str, order: str) -> None:
 
 def _pay_back(item: Item, view: View, rules: Rules, tier: str, amount: int, method: str = "") -> str:
     method = method or view.get("get_payment", order_id=item.about, needs=("method",))["method"]
+    view.notes.append(f"customer is {tier}")
     if not within(view, f"{tier} limit", rules.limits[tier], amount):
-        view.rule("approver", rules.role)
+        view.rule("approver")
         if not view.get("request_approval", order_id=item.about, role=rules.role)["approved"]:
             return "denied by approver"
-    view.rule("credit method", rules.method, f"{method} gets {'credit' if method == rules.method else 'refund'}")
+    view.rule("credit method", f"{method} gets {'credit' if method == rules.method else 'refund'}")
     if method == rules.method:
         view.get("issue_credit", order_id=item.about, amount=amount)
         _confirm(view, "get_payment", item.about)
         return f"credited {amount}"
-    view.rule("version", rules.version)
+    view.rule("version")
     view.get("issue_refund", order_id=item.about, amount=amount, api_version=rules.version)
     _confirm(view, "get_payment", item.about)
     return f"refunded {amount}"
 
 
 def _send_again(item: Item, view: View, rules: Rules) -> str:
-    view.rule("version", rules.version)
+    view.rule("version")
     view.get("send_replacement", order_id=item.about, api_version=rules.version)
     _confirm(view, "get_order", item.about)
     return "replaced"
@@ -156,7 +160,7 @@ def _taken_back(item: Item, view: View, rules: Rules) -> dict[str, Any]:
     """The order, if its category and the days since its delivery allow to take it back; else raises `Stop`."""
     order = view.get("get_order", order_id=item.about, needs=("amount", "category"))
     denied = order["category"] == rules.category
-    view.rule("no returns", rules.category, f"{order['category']} is {'denied' if denied else 'fine'}")
+    view.rule("no returns", f"{order['category']} is {'denied' if denied else 'fine'}")
     if denied:
         raise Stop("denied by category")
     shipment = view.get("get_shipment", order_id=item.about, needs=("days_since_delivery",))
@@ -198,7 +202,7 @@ def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
     parcel = view.get("get_shipment", order_id=item.about, needs=("parcel",))["parcel"]
     if parcel != "lost":
         return f"denied, parcel {parcel}"
-    view.rule("lost parcel", rules.lost)
+    view.rule("lost parcel")
     if rules.lost == "replacement":
         return _send_again(item, view, rules)
     amount = view.get("get_order", order_id=item.about, needs=("amount",))["amount"]
@@ -208,7 +212,7 @@ def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
 def _where(item: Item, view: View, rules: Rules) -> str:
     """Where the order stands, by the one field that counts."""
     value = str(view.get("get_order", order_id=item.about, needs=(rules.field,))[rules.field])
-    view.rule("field", rules.field, value)
+    view.rule("field", value)
     return value
 
 
@@ -231,7 +235,7 @@ def _late(item: Item, view: View, rules: Rules, tier: str) -> str:
     days = view.get("get_shipment", order_id=item.about, needs=("days_in_transit",))["days_in_transit"]
     if within(view, "late mark", rules.late_days, days):
         return "denied, not late"
-    view.rule("goodwill", rules.goodwill)
+    view.rule("goodwill")
     view.get("issue_credit", order_id=item.about, amount=rules.goodwill)
     _confirm(view, "get_payment", item.about)
     return f"credited {rules.goodwill}"
@@ -240,7 +244,7 @@ def _late(item: Item, view: View, rules: Rules, tier: str) -> str:
 def _sensitive(item: Item, view: View, rules: Rules, tier: str) -> str:
     """Sensitive categories that the tenant escalates; every other matter becomes a ticket."""
     team = rules.teams.get(item.kind)
-    view.rule(f"{item.kind} team", team or "none")
+    view.rule(f"{item.kind} team")
     if team:
         view.get("escalate", category=item.kind, team=team)
         return f"escalated to {team}"
@@ -261,6 +265,11 @@ def _read(tool: str, name: str):
     return read
 
 
+def _tier(item: Item, view: View, rules: Rules, tier: str) -> str:
+    view.notes.append(f"customer is {tier}")
+    return tier
+
+
 _PROCEDURES = {
     "order status": lambda item, view, rules, tier: _where(item, view, rules),
     "parcel status": _read("get_shipment", "parcel"),
@@ -270,7 +279,7 @@ _PROCEDURES = {
     "order item": _read("get_order", "item"),
     "transit days": _read("get_shipment", "days_in_transit"),
     "stock": lambda item, view, rules, tier: str(view.get("check_stock", sku=item.about)["stock"]),
-    "tier": lambda item, view, rules, tier: tier,
+    "tier": _tier,
     "refund damaged": _refund,
     "refund defective": _refund,
     "refund wrong": _refund,
@@ -305,7 +314,7 @@ def decide(
     items: Sequence[Item], customer: str, pin: str, tenant: str, rules: Rules, messages: Sequence[Message]
 ) -> tuple[Message, int]:
     """The next turn, and the index of the item that it serves (-1 for none in particular)."""
-    view, results = View(messages, tenant), list[str]()
+    view, results = View(messages, tenant, said(rules)), list[str]()
     try:
         tier, refusal = _identify(view, items, customer, pin, rules)
         if refusal:
@@ -329,7 +338,8 @@ def _identify(view: View, items: Sequence[Item], customer: str, pin: str, rules:
     try:
         tier = view.get("get_customer", customer_id=customer, needs=("tier",))["tier"]
         number = needs_identity(items, rules)
-        view.rule("identity", rules.identity, f"item {number}" if number else "no item")
+        view.notes.append(f"customer is {tier}")
+        view.rule("identity", f"item {number}" if number else "no item")
         if number and not view.get("verify_identity", customer_id=customer, pin=pin)["verified"]:
             return "", "Identity not verified."
     except Stop:

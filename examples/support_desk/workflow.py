@@ -26,7 +26,8 @@ change or matter), its number and ":", its kind and its order, SKU or ticket. Th
 customer's tier, and verify_identity where the tenant's rules ask for it; if the PIN is wrong, answer "Identity not \
 verified." and do nothing else.
 When you start an item, note the result of the one before it and name the new one. Whenever a rule decides, first note \
-the rule, the tenant's name, what the rule says and the value that you hold against it.
+the rule, the tenant's name, what the rule says and the value that you hold against it; before a limit, the \
+customer's tier.
 Questions are answered by one read: get_order, get_shipment, get_payment or check_stock. Of the order's three status \
 fields only the one named in the rules counts.
 Refunds and returns: get_order; deny items of the category that is never taken back. get_shipment; compare the days \

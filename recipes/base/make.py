@@ -7,17 +7,19 @@ the same command continues after an interruption. One main dial: `--tokens`.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from data import Mix, trajectories
+from data import Mix, rows
 from induction import write_induction_heads
 from safetensors.numpy import load_file, save_file
 from tokenizer import train_tokenizer
@@ -40,7 +42,7 @@ class Recipe:
 
     tokens: int
     """The dial: tokens to train on."""
-    trajectories: int = 34_000
+    trajectories: int = 40_000
     """How many are generated; enough for each row to be met at most once at the default dial."""
     seed: int = 0
     vocabulary: int = 4096
@@ -92,7 +94,7 @@ class Rows(Sequence[Row]):
 
 def tokenizer_texts(count: int, seed: int) -> Iterator[str]:
     """What the tokenizer learns from: our format, and nothing of the held-out parts."""
-    for trajectory in trajectories(seed, count):
+    for trajectory in rows(seed, count):
         yield from texts_of(trajectory)
 
 
@@ -106,10 +108,13 @@ def texts_of(trajectory: Trajectory) -> Iterator[str]:
         yield trajectory.tools
 
 
-def english_texts(folder: Path) -> Iterator[str]:
-    """Utterances of STAR (MIT) and Taskmaster-4 (CC BY 4.0), so that the tokenizer has English words."""
-    import gzip
+@cache
+def english_texts(folder: Path | None) -> list[str]:
+    """Utterances of STAR (MIT) and Taskmaster-4 (CC BY 4.0), so that there are English words; none without a folder."""
+    return [] if folder is None else list(_utterances(folder))
 
+
+def _utterances(folder: Path) -> Iterator[str]:
     for name in ("star", "taskmaster4"):
         with gzip.open(folder / name / "dialogues.jsonl.gz", "rt", encoding="utf-8") as lines:
             for line in lines:
@@ -129,12 +134,12 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _render(work: Path, seed: int, recipe: Recipe) -> dict[str, np.ndarray]:
+def _render(work: Path, seed: int, recipe: Recipe, english: Path | None) -> dict[str, np.ndarray]:
     renderer = Renderer(AutoTokenizer.from_pretrained(work / "tokenizer"))
     ids: list[int] = []
     mask: list[bool] = []
     starts = [0]
-    for trajectory in trajectories(seed, PER_CHUNK, recipe.mix):
+    for trajectory in rows(seed, PER_CHUNK, recipe.mix, english_texts(english)):
         for row in renderer.rows(trajectory):
             if len(row.ids) <= MAX_TOKENS and sum(row.mask) >= recipe.min_trained * len(row.ids):
                 ids += row.ids
@@ -143,7 +148,7 @@ def _render(work: Path, seed: int, recipe: Recipe) -> dict[str, np.ndarray]:
     return {"ids": np.array(ids, np.uint16), "mask": np.array(mask, np.bool_), "starts": np.array(starts, np.int64)}
 
 
-def make_rows(work: Path, recipe: Recipe, processes: int) -> Rows:
+def make_rows(work: Path, recipe: Recipe, processes: int, english: Path | None = None) -> Rows:
     """Chunks of trajectories, by seed, until there are tokens enough."""
     file = work / "rows.safetensors"
     if not file.exists():
@@ -151,7 +156,7 @@ def make_rows(work: Path, recipe: Recipe, processes: int) -> Rows:
         first = recipe.seed * 100_000 + 1
         seeds = range(first, first + recipe.trajectories // PER_CHUNK)
         with ProcessPoolExecutor(processes) as pool:
-            for chunk in pool.map(_render, [work] * len(seeds), seeds, [recipe] * len(seeds)):
+            for chunk in pool.map(_render, [work] * len(seeds), seeds, [recipe] * len(seeds), [english] * len(seeds)):
                 chunks.append(chunk)
                 typer.echo(f"{len(chunks)} of {len(seeds)} chunks of trajectories", err=True)
         offsets = np.cumsum([0] + [len(chunk["ids"]) for chunk in chunks])
@@ -173,8 +178,7 @@ def make_tokenizer(work: Path, recipe: Recipe, english: Path | None) -> PreTrain
     folder = work / "tokenizer"
     if not folder.exists():
         texts = list(tokenizer_texts(TOKENIZER_TRAJECTORIES, seed=recipe.seed * 100_000))
-        if english is not None:
-            texts += english_texts(english)
+        texts += english_texts(english)
         with replacing_directory(folder) as aside:
             train_tokenizer(texts, recipe.vocabulary).save_pretrained(aside)
     return AutoTokenizer.from_pretrained(folder)
@@ -193,7 +197,11 @@ def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaFo
 def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, english: bool) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     flag = " --english ../shared/data" if english else ""
-    words = "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances for the tokenizer only" if english else "none"
+    words = (
+        "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances, for the tokenizer and to be repeated in drills"
+        if english
+        else "none"
+    )
     return f"""\
 ---
 license: apache-2.0
@@ -202,12 +210,13 @@ pipeline_tag: text-generation
 # The bundled base, first version
 
 A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on trajectories
-of the support desk (`examples/support_desk`) for tenants invented at random. It is a starting point to compile on and
-to test with, not a general model: it has seen no other text. Its first two layers start as induction heads
-(`recipes/base/induction.py`), so that it can copy identifiers from the first step on.
+of the support desk (`examples/support_desk`) for tenants invented at random, and on drills (`recipes/base/drills.py`).
+It is a starting point to compile on and to test with, not a general model. Its first two layers start as induction
+heads (`recipes/base/induction.py`), so that it can copy identifiers from the first step on.
 
 - Data: {len(rows):,} generated rows, {len(rows.ids):,} tokens, {int(rows.mask.sum()):,} of them with loss. Never the
-  tenants in `examples/support_desk/tenants`, never the held-out request wording. Other text: {words}.
+  tenants in `examples/support_desk/tenants`, never the held-out request wording.
+- Other text: {words}.
 - Training: {result.steps:,} steps, {result.tokens:,} tokens, final loss {result.loss:.4f} nats a trained token,
   {result.seconds / 60:.0f} minutes of training on {torch.get_num_threads()} CPU threads, interruptions left out.
 - Again: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}{flag} -o src/engrain/base`
@@ -222,7 +231,7 @@ def main(
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
-    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 34_000,
+    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 40_000,
     processes: int = 2,
     lr: float = 1.5e-3,
     layers: int = 6,
@@ -231,17 +240,17 @@ def main(
     recipe = Recipe(tokens, trajectories, seed, lr=lr, layers=layers, width=width)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(work, recipe, english)
-    rows = make_rows(work, recipe, processes)
+    kept = make_rows(work, recipe, processes, english)
     base = Base(initial_model(tokenizer, recipe), tokenizer)
     config = TrainConfig(
         tokens=tokens, batch_tokens=recipe.batch_tokens, accumulate=1, lr=recipe.lr, seed=seed, threads=2
     )
-    result = train(base, None, rows, config, work / "train")
+    result = train(base, None, kept, config, work / "train")
     base.model.bfloat16()
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
-        file.write(card(recipe, result, rows, parameters, english is not None))
+        file.write(card(recipe, result, kept, parameters, english is not None))
     typer.echo(f"{out}: {parameters:,} parameters, loss {result.loss:.4f}")
 
 
