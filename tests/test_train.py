@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engrain import checkpoint
 from engrain.adapter import ConstantAdapter, delta_weight
 from engrain.batch import collate
-from engrain.errors import InputError, ModelError
-from engrain.gradients import Gradients, passes, share_rows
+from engrain.errors import EngrainError, InputError, ModelError
+from engrain.gradients import Gradients, Sum, accumulate, passes, share_rows
 from engrain.model import PACKED, Base, adapted, attention, sites
 from engrain.objective import masked_nll
 from engrain.renderer import Row
@@ -111,16 +112,38 @@ def test_batches_and_accumulation_and_threads_give_the_same_steps(tmp_path: Path
         assert norms == pytest.approx(ends[0][1], rel=1e-3)
 
 
-def test_gradients_over_threads_are_the_gradients() -> None:
+def test_gradients_over_processes_are_the_gradients() -> None:
     model, rows = tiny("mistral"), random_rows(9)
     into = list(model.parameters())
     with attention(model, PACKED):
         masked_nll(model, None, collate(rows))[0].backward()
-        with Gradients(2, 2, 60) as gradients:
-            found = gradients(lambda batch: masked_nll(model, None, batch), rows, into, threading.Event())
+        work = partial(accumulate, lambda batch: masked_nll(model, None, batch), into=into, pass_tokens=60)
+        with Gradients(lambda rows, stopping: work(rows, stopping=stopping), into, 2, 2) as gradients:
+            found = gradients(rows, threading.Event())
     assert found is not None and found.terms == int(collate(rows).mask.sum())
     for parameter, gradient in zip(into, found.gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-3, rtol=1e-4)
+
+
+def test_a_training_process_that_fails_or_dies_is_an_error() -> None:
+    here, rows = os.getpid(), random_rows(4)
+
+    def failing(rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
+        if os.getpid() == here:
+            return Sum(0.0, 0, [])
+        raise InputError("told so")
+
+    def dying(rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
+        return Sum(0.0, 0, []) if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL)
+
+    with Gradients(failing, [], 2, 2) as gradients:
+        for _ in range(2):  # it goes on after an error
+            with pytest.raises(InputError, match="told so"):
+                gradients(rows, threading.Event())
+    with Gradients(dying, [], 2, 2) as gradients:
+        for _ in range(2):
+            with pytest.raises(EngrainError, match="a training process ended"):
+                gradients(rows, threading.Event())
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 4))

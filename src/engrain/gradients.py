@@ -1,17 +1,22 @@
-"""Gradients of a summed loss over rows that are shared among threads.
+"""Gradients of a summed loss over rows that are shared among processes.
 
-On CPU each thread takes whole rows and runs its own forward and backward with single-threaded kernels. Threads then
-meet once a step instead of once an operation, so one that lost its core does not hold up the other in every kernel. The
-sum over threads is taken in a fixed order: same rows and threads, same bits.
+On CPU each process takes whole rows and runs its own forward and backward with single-threaded kernels: two processes
+meet once a step, where two threads would meet at every operation for Python's lock. Parameters lie in memory that the
+processes share, so an optimizer step in one is seen by all. The sum over processes is taken in a fixed order: same rows
+and processes, same bits.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import multiprocessing
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 
 from engrain.batch import Packed, collate
+from engrain.errors import EngrainError
 
 if TYPE_CHECKING:
     from engrain.renderer import Row
@@ -36,24 +42,25 @@ class Sum:
     gradients: list[Tensor]
 
 
+Work = Callable[[Sequence["Row"], threading.Event], Sum | None]
+"""The sum over some rows with the parameters as they are now, or None if the event was set before its end."""
+
+
 class Gradients:
-    """`workers` threads that share `threads` of torch's; open while in use."""
+    """`work` done by `workers` processes, this one among them; they live while it is open."""
 
-    def __init__(self, workers: int, threads: int, pass_tokens: int) -> None:
-        self._workers, self._threads, self._pass_tokens = workers, threads, pass_tokens
+    def __init__(self, work: Work, like: Sequence[Tensor], workers: int, threads: int) -> None:
+        self._work, self._like, self._workers, self._threads = work, like, workers, threads
         self._before = threads
-        self._pool: ThreadPoolExecutor | None = None
+        self._helpers: list[_Helper] = []
 
-    def __call__(
-        self, loss: Loss, rows: Sequence[Row], into: Sequence[Tensor], stopping: threading.Event
-    ) -> Sum | None:
+    def __call__(self, rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
         """The sum over all rows, or None if `stopping` was set before its end."""
-
-        def work(share: Sequence[Row]) -> Sum | None:
-            return _accumulate(loss, passes(share, self._pass_tokens), into, stopping)
-
-        shares = share_rows(rows, self._workers)
-        sums = list(map(work, shares) if self._pool is None else self._pool.map(work, shares))
+        own, *others = share_rows(rows, self._workers)
+        busy = self._helpers[: len(others)]
+        for helper, share in zip(busy, others, strict=True):
+            helper.begin(share)
+        sums = [self._work(own, stopping), *(helper.end() for helper in busy)]
         done = [one for one in sums if one is not None]
         if len(done) < len(sums):
             return None
@@ -63,18 +70,100 @@ class Gradients:
 
     def __enter__(self) -> Self:
         self._before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        if self._workers > 1:
-            single = {"initializer": torch.set_num_threads, "initargs": (max(1, self._threads // self._workers),)}
-            self._pool = ThreadPoolExecutor(self._workers, **single)
+        torch.set_num_threads(max(1, self._threads // self._workers))
+        self._helpers = [_Helper(self._work, self._like) for _ in range(self._workers - 1)]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        for helper in self._helpers:
+            helper.close()
+        self._helpers = []
         torch.set_num_threads(self._before)
+
+
+class _Helper:
+    """A forked process that takes shares of rows, and leaves gradients in memory shared with this one."""
+
+    def __init__(self, work: Work, like: Sequence[Tensor]) -> None:
+        fork = multiprocessing.get_context("fork")
+        self._gradients = [shared(torch.zeros_like(tensor)) for tensor in like]
+        self._link, other = fork.Pipe()
+        self._process = fork.Process(target=_serve, args=(work, self._gradients, other, self._link), daemon=True)
+        self._process.start()
+        other.close()
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        with _alive():
+            self._link.send(rows)
+
+    def end(self) -> Sum | None:
+        with _alive():
+            found = self._link.recv()
+        if isinstance(found, Exception):
+            raise found
+        return None if found is None else Sum(*found, self._gradients)
+
+    def close(self) -> None:
+        self._link.close()
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise EngrainError("a training process ended, perhaps for want of memory; run again to resume") from error
+
+
+def _serve(work: Work, into: Sequence[Tensor], link: Connection, parents: Connection) -> None:
+    """Until the other end is closed. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parents.close()
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rows = link.recv()
+        except EOFError:
+            return
+        try:
+            found = work(rows, threading.Event())
+        except Exception as error:
+            link.send(error)
+            continue
+        if found is not None:
+            for buffer, gradient in zip(into, found.gradients, strict=True):
+                buffer.copy_(gradient)
+        link.send(None if found is None else (found.loss, found.terms))
+
+
+def shared(tensor: Tensor) -> Tensor:
+    """A copy in memory that forked processes share. Anonymous: /dev/shm is small in containers."""
+    buffer = mmap.mmap(-1, max(1, tensor.nbytes))
+    return torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+
+
+def accumulate(
+    loss: Loss, rows: Sequence[Row], into: Sequence[Tensor], pass_tokens: int, stopping: threading.Event
+) -> Sum | None:
+    """The sum over rows, at most `pass_tokens` of them in one forward; None if `stopping` was set before its end."""
+    total, terms = 0.0, 0
+    sums: list[Tensor] = []
+    for run in passes(rows, pass_tokens):
+        if stopping.is_set():
+            return None
+        value, count = loss(collate(run).to(into[0].device))
+        gradients = torch.autograd.grad(value, into, allow_unused=True, materialize_grads=True)
+        if sums:
+            _add(sums, gradients)
+        else:
+            sums = list(gradients)
+        total, terms = total + value.item(), terms + count
+    return Sum(total, terms, sums)
 
 
 def keep_freed_memory() -> None:
@@ -83,15 +172,14 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: other arenas return memory in spite of it
     except (OSError, AttributeError):  # another C library
         return
 
 
-def share_rows(rows: Sequence[Row], threads: int) -> list[list[Row]]:
-    """At most `threads` shares of about equal tokens: longest row first, each to the lightest share."""
-    shares: list[list[Row]] = [[] for _ in range(threads)]
-    loads = [0] * threads
+def share_rows(rows: Sequence[Row], workers: int) -> list[list[Row]]:
+    """At most `workers` shares of about equal tokens: longest row first, each to the lightest share."""
+    shares: list[list[Row]] = [[] for _ in range(workers)]
+    loads = [0] * workers
     for row in sorted(rows, key=lambda row: -len(row.ids)):
         lightest = loads.index(min(loads))
         shares[lightest].append(row)
@@ -111,22 +199,6 @@ def passes(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
         held += len(row.ids)
     if run:
         yield run
-
-
-def _accumulate(loss: Loss, runs: Iterator[list[Row]], into: Sequence[Tensor], stopping: threading.Event) -> Sum | None:
-    total, terms = 0.0, 0
-    sums: list[Tensor] = []
-    for run in runs:
-        if stopping.is_set():
-            return None
-        value, count = loss(collate(run).to(into[0].device))
-        gradients = torch.autograd.grad(value, into, allow_unused=True, materialize_grads=True)
-        if sums:
-            _add(sums, gradients)
-        else:
-            sums = list(gradients)
-        total, terms = total + value.item(), terms + count
-    return Sum(total, terms, sums)
 
 
 def _add(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -6,6 +6,7 @@ Invariant: a step either happens whole or changes nothing, and `checkpoint` hold
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engrain.batch import Packed
 from engrain.checkpoint import Checkpoint
 from engrain.errors import InputError
-from engrain.gradients import Gradients, keep_freed_memory
+from engrain.gradients import Gradients, Sum, accumulate, keep_freed_memory, shared
 from engrain.model import PACKED, Base, adapted, attention
 from engrain.objective import Objective
 
@@ -97,13 +97,9 @@ class Learner:
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no",
             cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],  # the cache of casts is shared by threads
         )
         self.device = self.accelerator.device
         self.model, self.source, self.config, self.objective = base.model, source, config, objective
-        threads = config.threads or torch.get_num_threads()
-        workers = 1 if self.device.type != "cpu" or _has_dropout(base.model) else threads
-        self.gradients = Gradients(workers, threads, math.ceil(config.batch_tokens / workers))
         self.model.to(self.device)  # type: ignore[arg-type]
         module = base.model
         if source is not None:
@@ -116,29 +112,25 @@ class Learner:
             {"params": [p for p in self.trained.values() if id(p) not in plain], "weight_decay": config.weight_decay},
             {"params": [p for p in self.trained.values() if id(p) in plain], "weight_decay": 0.0},
         ]
+        threads = config.threads or torch.get_num_threads()
+        alone = self.device.type != "cpu" or sys.platform != "linux" or _has_dropout(base.model)
+        workers = 1 if alone else threads
+        for parameter in self.trained.values() if workers > 1 else ():
+            parameter.data = shared(parameter.data)
+        like = list(self.trained.values()) if source is None else source(()).tensors()
+        self.pass_tokens = math.ceil(config.batch_tokens / workers)
+        self.gradients = Gradients(self._gradients, like, workers, threads)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def step(self, rows: Sequence[Row], lr: float, stopping: threading.Event) -> tuple[float, float] | None:
         """One optimizer step over rows: mean loss and gradient norm, or None if asked to stop before its end."""
-        adapter = self.source(()) if self.source is not None else None
-        leaves = adapter.detach() if adapter is not None else None
-        for factor in leaves.tensors() if leaves is not None else ():
-            factor.requires_grad_()
-
-        def loss(batch: Packed) -> tuple[Tensor, int]:
-            with self.accelerator.autocast():
-                return self.objective(self.model, leaves, batch)
-
-        parameters = list(self.trained.values())
-        into = parameters if leaves is None else leaves.tensors()
-        # backward runs inside `adapted`: gradient checkpointing replays the forward
-        with adapted(self.model, leaves) if leaves is not None else nullcontext():
-            found = self.gradients(loss, rows, into, stopping)
+        found = self.gradients(rows, stopping)
         if found is None:
             return None
         self.optimizer.zero_grad(set_to_none=True)
         mean, count = found.loss / max(found.terms, 1), float(max(found.terms, 1))
-        torch.autograd.backward(into if adapter is None else adapter.tensors(), found.gradients)
+        parameters = list(self.trained.values())
+        torch.autograd.backward(parameters if self.source is None else self.source(()).tensors(), found.gradients)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(count)
@@ -149,6 +141,21 @@ class Learner:
             group["lr"] = lr
         self.optimizer.step()
         return mean, norm
+
+    def _gradients(self, rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
+        """Of the loss over rows, with respect to the trained weights or to the factors that the source makes now."""
+        adapter = self.source(()).detach() if self.source is not None else None
+        for factor in adapter.tensors() if adapter is not None else ():
+            factor.requires_grad_()
+        into = list(self.trained.values()) if adapter is None else adapter.tensors()
+
+        def loss(batch: Packed) -> tuple[Tensor, int]:
+            with self.accelerator.autocast():
+                return self.objective(self.model, adapter, batch)
+
+        # backward runs inside `adapted`: gradient checkpointing replays the forward
+        with adapted(self.model, adapter) if adapter is not None else nullcontext():
+            return accumulate(loss, rows, into, self.pass_tokens, stopping)
 
     @contextmanager
     def training(self) -> Iterator[None]:
