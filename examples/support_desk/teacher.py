@@ -210,9 +210,9 @@ def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 
 def _where(item: Item, view: View, rules: Rules) -> str:
-    """Where the order stands, by the one field that counts."""
+    """Where the order stands, by the one field that counts, quoted as the record writes it."""
     value = str(view.get("get_order", order_id=item.about, needs=(rules.field,))[rules.field])
-    view.rule("field", value)
+    view.rule("field", f'"{rules.field}": "{value}"')
     return value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -219,10 +220,17 @@ heads (`recipes/base/induction.py`), so that it can copy identifiers from the fi
 - Other text: {words}.
 - Training: {result.steps:,} steps, {result.tokens:,} tokens, final loss {result.loss:.4f} nats a trained token,
   {result.seconds / 60:.0f} minutes of training on {torch.get_num_threads()} CPU threads, interruptions left out.
-- Again: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}{flag} -o src/engrain/base`
+- Again, at commit {commit()}: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}{flag} -o \
+src/engrain/base`
 
 {settings}
 """
+
+
+def commit() -> str:
+    """Of this recipe, and of the workflow whose trajectories it trains on."""
+    asked = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True)
+    return asked.stdout.decode().strip() or "unknown"
 
 
 def main(
