@@ -103,7 +103,10 @@ class _Helper:
             found = self._link.recv()
         if isinstance(found, Exception):
             raise found
-        return None if found is None else Sum(*found, self._gradients)
+        if found is None:
+            return None
+        loss, terms = found
+        return Sum(loss, terms, self._gradients)
 
     def close(self) -> None:
         self._link.close()
