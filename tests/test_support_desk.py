@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from importlib import import_module
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_teacher_reaches_every_goal(split):
     for trajectory in run(draw(split, 8 if split == "long20" else 60)):
         assert succeeded(trajectory), trajectory.outcome
         assert not any(message.error in ("not_allowed", "bad_arguments") for message in trajectory.messages)
+
+
+def test_the_status_that_counts_is_quoted_as_its_record_writes_it():
+    quotes = 0
+    for trajectory in run(draw("train", 60)):
+        for before, turn in pairwise(trajectory.messages):
+            for field, quote in re.findall(r'field of \w+: (\w+), ("[^;]+")', turn.reasoning):
+                assert quote.startswith(f'"{field}": ') and quote in before.content
+                quotes += 1
+    assert quotes > 5
 
 
 def test_the_plan_quotes_the_customer_and_names_every_item():

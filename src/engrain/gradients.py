@@ -1,7 +1,7 @@
 """Gradients of a summed loss over rows that are shared among processes.
 
 On CPU each process takes whole rows and runs its own forward and backward with single-threaded kernels: two processes
-meet once a step, where two threads would meet at every operation for Python's lock. Parameters lie in memory that the
+meet once a step, where two threads share Python's lock at every operation. Parameters lie in memory that the
 processes share, so an optimizer step in one is seen by all. The sum over processes is taken in a fixed order: same rows
 and processes, same bits.
 """

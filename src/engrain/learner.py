@@ -59,7 +59,10 @@ class TrainConfig:
     probe_every_s: float | None = None
     probe_every_steps: int | None = None
     threads: int | None = None
-    """On CPU, rows are shared among so many threads; None takes torch's number. Another number rounds otherwise."""
+    """On CPU, rows are shared among so many processes (on Linux; elsewhere these are torch's threads).
+
+    None takes torch's number. Another number rounds otherwise.
+    """
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_tokens", "accumulate", "lr"):
@@ -159,7 +162,7 @@ class Learner:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Train mode, packed attention, threads and gradient checkpointing within the block."""
+        """Train mode, packed attention, processes and gradient checkpointing within the block."""
         before = self.model.training
         self.model.train()
         if self.config.gradient_checkpointing:
@@ -212,5 +215,5 @@ def _checkpointing(model: PreTrainedModel, action: Literal["enable", "disable"])
 
 
 def _has_dropout(model: PreTrainedModel) -> bool:
-    """Whether a forward draws random numbers, whose order threads would disturb."""
+    """Whether a forward draws random numbers, which processes would draw apart."""
     return any(value for name, value in model.config.to_dict().items() if "drop" in name and isinstance(value, float))
