@@ -18,7 +18,7 @@ from typing import Any
 from engrain.trajectory import Message, ToolCall
 
 from .requests import CHANGES, REFUNDS, Item, group
-from .rules import Rules, said
+from .rules import Rules, judged, said
 
 ATTEMPTS = 3
 RENAMED = {"amount": "total", "days_since_delivery": "delivered_days_ago", "days_in_transit": "transit_days"}
@@ -48,16 +48,16 @@ class View:
     """The tenant's rules by name."""
     notes: list[str] = field(default_factory=list)
     """What there is to say since the last result."""
+    title: str = ""
+    """The item at hand; every turn's notes start with it."""
 
     def __post_init__(self) -> None:
         results = {message.tool_call_id: message for message in self.messages if message.role == "tool"}
         self.calls: dict[tuple[str, str], list[Message]] = {}
-        self.order: dict[str, int] = {}
-        for index, message in enumerate(self.messages):
+        for message in self.messages:
             for call in message.tool_calls:
                 if call.id in results:
                     self.calls.setdefault((call.name, _key(call.arguments)), []).append(results[call.id])
-                    self.order[call.id] = index
         self.used: dict[tuple[str, str], int] = {}
 
     def get(self, tool: str, needs: Sequence[str] = (), **arguments: Any) -> dict[str, Any]:
@@ -69,12 +69,11 @@ class View:
         key = (tool, _key(json.dumps(arguments)))
         attempts = self.calls.get(key, [])[self.used.get(key, 0) :]
         for number, attempt in enumerate(attempts, 1):
+            self.notes[:] = [self.title] if self.title else []
             if attempt.error == "missing_record":
                 self.used[key] = self.used.get(key, 0) + number
-                self.notes.clear()
                 raise Stop("not found")
             result = {} if attempt.error else _fields(attempt.content)
-            self.notes.clear()
             if not attempt.error and all(name in result for name in needs):
                 self.used[key] = self.used.get(key, 0) + number
                 return result
@@ -109,9 +108,8 @@ def _fields(content: str) -> dict[str, Any]:
 
 def within(view: View, name: str, limit: int, value: int) -> bool:
     """Compare in writing, so that the numbers stand beside each other before the decision."""
-    fits = value <= limit
-    view.rule(name, f"{value} is {'within' if fits else 'over'}")
-    return fits
+    view.rule(name, judged(limit, value))
+    return value <= limit
 
 
 def handle(item: Item, view: View, rules: Rules, tier: str) -> str:
@@ -320,7 +318,8 @@ def decide(
         if refusal:
             return Message(role="assistant", content=refusal), -1
         for number, item in enumerate(items, 1):
-            view.notes.append(f"{number}: {item.title}")
+            view.title = f"{number}: {item.title}"
+            view.notes.append(view.title)
             try:
                 result = handle(item, view, rules, tier)
             except Stop as stop:

@@ -95,7 +95,7 @@ def practice(seed: int, count: int, mix: Mix = Mix(), english: Sequence[str] = (
         system = _system(replace(desk, tenants={name: section}), name, "none" if known else "rules")
         return system, {f"{rule} of {name}": value for rule, value in tenant_rules.said(rules).items()}
 
-    return drills(rng, count, tenant, english)
+    return drills(rng, count, tenant, tenant_rules.judged, english)
 
 
 def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory]:
@@ -116,7 +116,7 @@ def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory
             name, rules = _tenant(rng, {*desk.tenants, *regulars, *tenants}), tenant_rules.draw(rng)
         tenants[name] = Section("tenant", name, tuple(tenant_rules.write(rules, rng)))
         many = rng.random() < mix.many or depth == "full"
-        items = rng.randint(3, 12) if many else rng.choice((1, 1, 2, 3))
+        items = rng.randint(3, 12 if depth == "full" else 24) if many else rng.choice((1, 1, 2, 3))
         faults = rng.choice((1, 1, 2)) if rng.random() < mix.faults else 0
         task = make_task(rng, name, rules, items, split="base", seed=seed * 1_000_000 + number, faults=faults)
         tasks.append(task)

@@ -21,9 +21,10 @@ def drills(
     rng: random.Random,
     count: int,
     tenant: Callable[[], tuple[str, Mapping[str, str]]],
+    judged: Callable[[int, int], str],
     english: Sequence[str] = (),
 ) -> Iterator[Trajectory]:
-    """`count` drills. `tenant` gives a system prompt with the rules that hold in it, by name of the rule."""
+    """`count` drills. `tenant` gives a system prompt and the rules that hold in it by name; `judged` compares."""
     for number in range(count):
         kind = rng.choice(("recall", "recall", "compare", "repeat"))
         system = "You practise."
@@ -31,7 +32,7 @@ def drills(
             system, rules = tenant()
             asked, answer = recall(rng, rules)
         elif kind == "compare":
-            asked, answer = compare(rng)
+            asked, answer = compare(rng, judged)
         else:
             asked, answer = repeat(rng, english)
         messages = [
@@ -48,16 +49,15 @@ def recall(rng: random.Random, rules: Mapping[str, str]) -> tuple[str, str]:
     return "Name: " + "; ".join(names), "; ".join(f"{name}: {rules[name]}" for name in names)
 
 
-def compare(rng: random.Random) -> tuple[str, str]:
-    """A limit and a value, as in the teacher's notes."""
+def compare(rng: random.Random, judged: Callable[[int, int], str]) -> tuple[str, str]:
+    """Limits and values, as in the teacher's notes; most have as many digits, and often the first ones in common."""
     pairs: list[tuple[int, int]] = []
     while len(pairs) < COMPARISONS:
         limit = rng.randint(3, rng.choice((12, 70, 450)))
         near = max(3, limit // 4) if rng.random() < 0.6 else limit
         pairs.append((limit, max(0, limit + rng.randint(-near, near))))
     asked = "; ".join(f"{limit}, {value}" for limit, value in pairs)
-    answer = "; ".join(f"{limit}, {value} is {'within' if value <= limit else 'over'}" for limit, value in pairs)
-    return f"Compare: {asked}", answer
+    return f"Compare: {asked}", "; ".join(f"{limit}, {judged(limit, value)}" for limit, value in pairs)
 
 
 def repeat(rng: random.Random, english: Sequence[str]) -> tuple[str, str]:

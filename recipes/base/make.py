@@ -43,7 +43,7 @@ class Recipe:
 
     tokens: int
     """The dial: tokens to train on."""
-    trajectories: int = 40_000
+    trajectories: int = 28_000
     """How many are generated; enough for each row to be met at most once at the default dial."""
     seed: int = 0
     vocabulary: int = 4096
@@ -239,7 +239,7 @@ def main(
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
-    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 40_000,
+    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 28_000,
     processes: int = 2,
     lr: float = 1.5e-3,
     layers: int = 6,

@@ -255,7 +255,7 @@ class CompiledPolicy:
 
     name = "compiled"
 
-    def __init__(self, engine: Engine, *, constrained: bool = True, max_new: int = 512) -> None:
+    def __init__(self, engine: Engine, *, constrained: bool = True, max_new: int = 1536) -> None:
         self.engine, self.constrained, self.max_new = engine, constrained, max_new
         self._grammars: dict[tuple[Tool, ...], str] = {}
 
