@@ -19,7 +19,7 @@ from drills import drills
 
 from engrain.context import Section
 from engrain.policy import ScriptTeacher
-from engrain.rollout import rollout
+from engrain.rollout import Budget, rollout
 from engrain.task import Task
 from engrain.trajectory import Message, Trajectory
 from engrain.workflow import Workflow, load_workflow
@@ -122,7 +122,7 @@ def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory
         tasks.append(task)
         depths[task.id] = depth
     workflow = replace(desk, tenants=tenants)
-    for trajectory in rollout(workflow, tasks, ScriptTeacher(workflow), parallel=1):
+    for trajectory in rollout(workflow, tasks, ScriptTeacher(workflow), parallel=1, budget=Budget(steps=200)):
         if trajectory.outcome is None or not trajectory.outcome.success:
             raise AssertionError(f"the teacher failed {trajectory.task}: {trajectory.outcome}")
         depth = depths[trajectory.task]
