@@ -6,7 +6,7 @@ import random
 import re
 from collections import Counter
 from importlib import import_module
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,22 @@ def test_the_plan_quotes_the_customer_and_names_every_item():
             assert said.removeprefix(f"{number}) ") in request.content
             group, title = name.split(f" {number}: ")
             assert group == requests.group(next(kind for kind in requests.KINDS if title.startswith(kind)))
+
+
+def test_every_note_after_the_plan_begins_with_the_customer_or_the_item_at_hand():
+    for trajectory in run(draw("train", 60)):
+        titles = {line.split(" = ")[1].split(" ", 1)[1] for line in trajectory.messages[2].reasoning.splitlines()}
+        for message in trajectory.messages[4:]:
+            if message.role == "assistant" and message.reasoning:
+                assert message.reasoning.startswith(("customer is", "retry", "failed", *titles))
+
+
+def test_numbers_are_compared_digit_by_digit():
+    assert rules.judged(360, 352) == "352: 3=3 6>5, within"
+    assert rules.judged(95, 120) == "120: shorter, over"
+    assert rules.judged(21, 21) == "21: 2=2 1=1, within"
+    for limit, value in product(range(1, 130, 3), range(1, 130)):
+        assert rules.judged(limit, value).endswith("within" if value <= limit else "over")
 
 
 def test_every_refund_says_which_rules_of_the_tenant_led_to_it():
