@@ -1,4 +1,4 @@
-"""The committed agent: small enough to be in the repository, and one set of weights that acts by each tenant's rules."""
+"""The committed agent: small enough for the repository, and one set of weights that acts by each tenant's rules."""
 
 from __future__ import annotations
 
