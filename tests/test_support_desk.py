@@ -6,7 +6,7 @@ import random
 import re
 from collections import Counter
 from importlib import import_module
-from itertools import islice, pairwise, product
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
@@ -49,14 +49,18 @@ def test_teacher_reaches_every_goal(split):
         assert not any(message.error in ("not_allowed", "bad_arguments") for message in trajectory.messages)
 
 
-def test_the_status_that_counts_is_quoted_as_its_record_writes_it():
-    quotes = 0
+def test_words_that_decide_or_answer_are_quoted_as_their_record_writes_them():
+    quotes = Counter[str]()
     for trajectory in run(draw("train", 60)):
-        for before, turn in pairwise(trajectory.messages):
-            for field, quote in re.findall(r'field of \w+: (\w+), ("[^;]+")', turn.reasoning):
-                assert quote.startswith(f'"{field}": ') and quote in before.content
-                quotes += 1
-    assert quotes > 5
+        for place, turn in enumerate(trajectory.messages):
+            if turn.role == "assistant":
+                seen = [message.content for message in trajectory.messages[:place] if message.role == "tool"]
+                for quote, name in re.findall(r'("(\w+)": "\w+")', turn.reasoning):
+                    assert any(quote in content for content in seen)
+                    quotes[name] += 1
+                for rule, name in re.findall(r'field of \w+: (\w+), "(\w+)"', turn.reasoning):
+                    assert rule == name
+    assert {"category", "method", "item", "parcel", "payment", "tier", *rules.FIELDS} <= set(quotes)
 
 
 def test_the_plan_quotes_the_customer_and_names_every_item():

@@ -66,17 +66,17 @@ def expected_of(item: Item, tier: str, rules: Rules, books: Books) -> tuple[list
         return [("set_ticket", {"ticket_id": about, "ticket": status})], f"ticket {status}"
     if kind in ("cancel", "change address"):
         if order[rules.field] != "open":
-            return [], "denied, not open"
+            return [], "denied, order not open"
         if kind == "cancel":
             return [("cancel_order", {"order_id": about})], "cancelled"
         return [("update_address", {"order_id": about, "address": item.address})], "address changed"
     if kind == "late credit":
         if shipment["days_in_transit"] <= rules.late_days:
-            return [], "denied, not late"
+            return [], "denied, parcel not late"
         return [("issue_credit", {"order_id": about, "amount": rules.goodwill})], f"credited {rules.goodwill}"
     if kind == "lost parcel":
         if shipment["parcel"] != "lost":
-            return [], f"denied, parcel {shipment['parcel']}"
+            return [], f'denied, "parcel": "{shipment["parcel"]}"'
         if rules.lost == "replacement":
             return [replacement], "replaced"
         return pay_back(about, order["amount"], tier, rules, books)
@@ -97,18 +97,19 @@ def expected_of(item: Item, tier: str, rules: Rules, books: Books) -> tuple[list
         if kind.startswith("replace") and books("inventory", order["sku"])["stock"] > 0:
             return [replacement], "replaced"
         return pay_back(about, order["amount"], tier, rules, books)
-    answers = {
-        "order status": order.get(rules.field),
-        "order amount": order.get("amount"),
-        "order item": order.get("item"),
-        "parcel status": shipment.get("parcel"),
-        "transit days": shipment.get("days_in_transit"),
-        "payment status": payment.get("payment"),
-        "payment method": payment.get("method"),
-        "stock": books("inventory", about).get("stock"),
-        "tier": tier,
-    }
-    return [], str(answers[kind])
+    record, name = {
+        "order status": (order, rules.field),
+        "order amount": (order, "amount"),
+        "order item": (order, "item"),
+        "parcel status": (shipment, "parcel"),
+        "transit days": (shipment, "days_in_transit"),
+        "payment status": (payment, "payment"),
+        "payment method": (payment, "method"),
+        "stock": (books("inventory", about), "stock"),
+        "tier": ({"tier": tier}, "tier"),
+    }[kind]
+    value = record[name]
+    return [], f'"{name}": "{value}"' if isinstance(value, str) else f'"{name}": {value}'
 
 
 def expected(task: Task) -> tuple[list[Write], list[str]]:

@@ -106,6 +106,11 @@ def _fields(content: str) -> dict[str, Any]:
     return {back.get(str(name), str(name)): value for name, value in result.items()} if isinstance(result, dict) else {}
 
 
+def quoted(name: str, value: object) -> str:
+    """A field as its record writes it: quoting is copying what follows the same words, and is easily checked."""
+    return f"{json.dumps(name)}: {json.dumps(value)}"
+
+
 def within(view: View, name: str, limit: int, value: int) -> bool:
     """Compare in writing, so that the numbers stand beside each other before the decision."""
     view.rule(name, judged(limit, value))
@@ -136,7 +141,7 @@ def _pay_back(item: Item, view: View, rules: Rules, tier: str, amount: int, meth
         view.rule("approver")
         if not view.get("request_approval", order_id=item.about, role=rules.role)["approved"]:
             return "denied by approver"
-    view.rule("credit method", f"{method} gets {'credit' if method == rules.method else 'refund'}")
+    view.rule("credit method", f"{quoted('method', method)}, {'credit' if method == rules.method else 'refund'}")
     if method == rules.method:
         view.get("issue_credit", order_id=item.about, amount=amount)
         _confirm(view, "get_payment", item.about)
@@ -158,7 +163,7 @@ def _taken_back(item: Item, view: View, rules: Rules) -> dict[str, Any]:
     """The order, if its category and the days since its delivery allow to take it back; else raises `Stop`."""
     order = view.get("get_order", order_id=item.about, needs=("amount", "category"))
     denied = order["category"] == rules.category
-    view.rule("no returns", f"{order['category']} is {'denied' if denied else 'fine'}")
+    view.rule("no returns", f"{quoted('category', order['category'])}, {'denied' if denied else 'fine'}")
     if denied:
         raise Stop("denied by category")
     shipment = view.get("get_shipment", order_id=item.about, needs=("days_since_delivery",))
@@ -199,7 +204,7 @@ def _overcharge(item: Item, view: View, rules: Rules, tier: str) -> str:
 def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
     parcel = view.get("get_shipment", order_id=item.about, needs=("parcel",))["parcel"]
     if parcel != "lost":
-        return f"denied, parcel {parcel}"
+        return f"denied, {quoted('parcel', parcel)}"
     view.rule("lost parcel")
     if rules.lost == "replacement":
         return _send_again(item, view, rules)
@@ -208,15 +213,19 @@ def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 
 def _where(item: Item, view: View, rules: Rules) -> str:
-    """Where the order stands, by the one field that counts, quoted as the record writes it."""
+    """Where the order stands, by the one field that counts."""
     value = str(view.get("get_order", order_id=item.about, needs=(rules.field,))[rules.field])
-    view.rule("field", f'"{rules.field}": "{value}"')
+    view.rule("field", quoted(rules.field, value))
     return value
+
+
+def _status(item: Item, view: View, rules: Rules, tier: str) -> str:
+    return quoted(rules.field, _where(item, view, rules))
 
 
 def _cancel(item: Item, view: View, rules: Rules, tier: str) -> str:
     if _where(item, view, rules) != "open":
-        return "denied, not open"
+        return "denied, order not open"
     view.get("cancel_order", order_id=item.about)
     _confirm(view, "get_order", item.about)
     return "cancelled"
@@ -224,7 +233,7 @@ def _cancel(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 def _address(item: Item, view: View, rules: Rules, tier: str) -> str:
     if _where(item, view, rules) != "open":
-        return "denied, not open"
+        return "denied, order not open"
     view.get("update_address", order_id=item.about, address=item.address)
     return "address changed"
 
@@ -232,7 +241,7 @@ def _address(item: Item, view: View, rules: Rules, tier: str) -> str:
 def _late(item: Item, view: View, rules: Rules, tier: str) -> str:
     days = view.get("get_shipment", order_id=item.about, needs=("days_in_transit",))["days_in_transit"]
     if within(view, "late mark", rules.late_days, days):
-        return "denied, not late"
+        return "denied, parcel not late"
     view.rule("goodwill")
     view.get("issue_credit", order_id=item.about, amount=rules.goodwill)
     _confirm(view, "get_payment", item.about)
@@ -258,25 +267,29 @@ def _set_ticket(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 def _read(tool: str, name: str):
     def read(item: Item, view: View, rules: Rules, tier: str) -> str:
-        return str(view.get(tool, order_id=item.about, needs=(name,))[name])
+        return quoted(name, view.get(tool, order_id=item.about, needs=(name,))[name])
 
     return read
 
 
+def _stock(item: Item, view: View, rules: Rules, tier: str) -> str:
+    return quoted("stock", view.get("check_stock", sku=item.about)["stock"])
+
+
 def _tier(item: Item, view: View, rules: Rules, tier: str) -> str:
     view.notes.append(f"customer is {tier}")
-    return tier
+    return quoted("tier", tier)
 
 
 _PROCEDURES = {
-    "order status": lambda item, view, rules, tier: _where(item, view, rules),
+    "order status": _status,
     "parcel status": _read("get_shipment", "parcel"),
     "payment status": _read("get_payment", "payment"),
     "payment method": _read("get_payment", "method"),
     "order amount": _read("get_order", "amount"),
     "order item": _read("get_order", "item"),
     "transit days": _read("get_shipment", "days_in_transit"),
-    "stock": lambda item, view, rules, tier: str(view.get("check_stock", sku=item.about)["stock"]),
+    "stock": _stock,
     "tier": _tier,
     "refund damaged": _refund,
     "refund defective": _refund,
