@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from engrain.agent import bundled_base
 from engrain.errors import WorkflowError
+from engrain.model import load_base
 from engrain.policy import Episode, ScriptTeacher
+from engrain.renderer import Renderer
 from engrain.rollout import rollout
 from engrain.task import Task
 from engrain.trajectory import Message, ToolCall, Trajectory
+from engrain.turn import LONGEST_TURN
 from engrain.workflow import load_workflow
 
 DESK = load_workflow(Path(__file__).parents[1] / "examples" / "support_desk")
@@ -49,18 +53,21 @@ def test_teacher_reaches_every_goal(split):
         assert not any(message.error in ("not_allowed", "bad_arguments") for message in trajectory.messages)
 
 
-def test_words_that_decide_or_answer_are_quoted_as_their_record_writes_them():
+def test_words_that_matter_are_quoted_as_the_record_or_the_call_writes_them():
     quotes = Counter[str]()
     for trajectory in run(draw("train", 60)):
         for place, turn in enumerate(trajectory.messages):
             if turn.role == "assistant":
-                seen = [message.content for message in trajectory.messages[:place] if message.role == "tool"]
+                so_far = trajectory.messages[: place + 1]
+                seen = [message.content for message in so_far if message.role == "tool"]
+                seen += [call.arguments for message in so_far for call in message.tool_calls]
                 for quote, name in re.findall(r'("(\w+)": "\w+")', turn.reasoning):
                     assert any(quote in content for content in seen)
                     quotes[name] += 1
                 for rule, name in re.findall(r'field of \w+: (\w+), "(\w+)"', turn.reasoning):
                     assert rule == name
-    assert {"category", "method", "item", "parcel", "payment", "tier", *rules.FIELDS} <= set(quotes)
+    words = {"category", "method", "item", "parcel", "payment", "tier", "role", "team", "api_version", "ticket"}
+    assert {*words, *rules.FIELDS} <= set(quotes)
 
 
 def test_the_plan_quotes_the_customer_and_names_every_item():
@@ -99,13 +106,29 @@ def test_every_refund_says_which_rules_of_the_tenant_led_to_it():
             if message.tool_calls and message.tool_calls[0].name == "issue_refund":
                 refunds += 1
                 assert f"credit method of {trajectory.tenant}: {known.method}, " in message.reasoning
-                assert message.reasoning.endswith(f"version of {trajectory.tenant}: {known.version}")
+                version = rules.quoted("api_version", known.version)
+                assert message.reasoning.endswith(f"version of {trajectory.tenant}: {version}")
     assert refunds > 5
 
 
 def test_long_tasks_are_as_long_as_they_say():
     for split, steps in (("long20", 20), ("long40", 40)):
         assert all(steps <= trajectory.steps <= steps + 3 for trajectory in run(draw(split, 3)))
+
+
+def test_long_requests_are_like_those_trained_on_and_fit_the_bundled_base():
+    def items(task: Task) -> int:
+        return len(task.goal["items"])
+
+    longest = draw("long40", 12)
+    assert max(map(items, longest)) <= max(map(items, draw("train", 300)))
+    base = load_base(bundled_base())
+    renderer = Renderer(base.tokenizer)
+    for trajectory in run(longest):
+        row = renderer.rows(trajectory)[0]
+        assert len(row.ids) <= base.model.config.max_position_embeddings
+        plan = renderer.tokenizer.encode(trajectory.messages[2].reasoning)
+        assert len(plan) < LONGEST_TURN / 2
 
 
 def test_tasks_are_seeded_and_never_share_a_seed():

@@ -14,7 +14,7 @@ from engrain.trajectory import Message, Outcome
 
 from . import store
 from .requests import CHANGES, REFUNDS, Item
-from .rules import Rules
+from .rules import Rules, quoted
 
 Write = tuple[str, dict[str, Any]]
 
@@ -59,11 +59,12 @@ def expected_of(item: Item, tier: str, rules: Rules, books: Books) -> tuple[list
     replacement: Write = ("send_replacement", {"order_id": about, "api_version": rules.version})
     if kind in ("fraud", "safety", "legal", "press", "privacy", "invoice", "callback", "billing"):
         if kind in rules.teams:
-            return [("escalate", {"category": kind, "team": rules.teams[kind]})], f"escalated to {rules.teams[kind]}"
+            team = rules.teams[kind]
+            return [("escalate", {"category": kind, "team": team})], f"escalated, {quoted('team', team)}"
         return [("open_ticket", {"topic": kind})], "ticket opened"
     if kind in ("close ticket", "reopen ticket"):
         status = "closed" if kind == "close ticket" else "open"
-        return [("set_ticket", {"ticket_id": about, "ticket": status})], f"ticket {status}"
+        return [("set_ticket", {"ticket_id": about, "ticket": status})], quoted("ticket", status)
     if kind in ("cancel", "change address"):
         if order[rules.field] != "open":
             return [], "denied, order not open"
@@ -76,7 +77,7 @@ def expected_of(item: Item, tier: str, rules: Rules, books: Books) -> tuple[list
         return [("issue_credit", {"order_id": about, "amount": rules.goodwill})], f"credited {rules.goodwill}"
     if kind == "lost parcel":
         if shipment["parcel"] != "lost":
-            return [], f'denied, "parcel": "{shipment["parcel"]}"'
+            return [], f"denied, {quoted('parcel', shipment['parcel'])}"
         if rules.lost == "replacement":
             return [replacement], "replaced"
         return pay_back(about, order["amount"], tier, rules, books)
@@ -108,8 +109,7 @@ def expected_of(item: Item, tier: str, rules: Rules, books: Books) -> tuple[list
         "stock": (books("inventory", about), "stock"),
         "tier": ({"tier": tier}, "tier"),
     }[kind]
-    value = record[name]
-    return [], f'"{name}": "{value}"' if isinstance(value, str) else f'"{name}": {value}'
+    return [], quoted(name, record[name])
 
 
 def expected(task: Task) -> tuple[list[Write], list[str]]:

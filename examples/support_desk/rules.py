@@ -6,6 +6,7 @@ goal check expects. Each rule may be worded in several ways; `write` picks among
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -174,12 +175,13 @@ def write(rules: Rules, rng: random.Random) -> list[str]:
 
 
 def said(rules: Rules) -> dict[str, str]:
-    """Each rule by the name under which the teacher recalls it, with what it says."""
+    """Each rule by the name under which the teacher recalls it, with what it says; a word that will be an argument is
+    quoted as the argument."""
     return {
         **{f"{tier} limit": str(amount) for tier, amount in rules.limits.items()},
         "field": rules.field,
-        "version": rules.version,
-        "approver": rules.role,
+        "version": quoted("api_version", rules.version),
+        "approver": quoted("role", rules.role),
         "identity": rules.identity,
         "return window": str(rules.return_days),
         "damage window": str(rules.damage_days),
@@ -188,8 +190,13 @@ def said(rules: Rules) -> dict[str, str]:
         "lost parcel": rules.lost,
         "credit method": rules.method,
         "no returns": rules.category,
-        **{f"{kind} team": rules.teams.get(kind, "none") for kind in SENSITIVE},
+        **{f"{kind} team": quoted("team", rules.teams[kind]) if kind in rules.teams else "none" for kind in SENSITIVE},
     }
+
+
+def quoted(name: str, value: object) -> str:
+    """A field as JSON writes it: quoting is copying what follows the same words, and is easily checked."""
+    return f"{json.dumps(name)}: {json.dumps(value)}"
 
 
 def judged(limit: int, value: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from engrain.trajectory import Message, ToolCall
 
 from .requests import CHANGES, REFUNDS, Item, group
-from .rules import Rules, judged, said
+from .rules import Rules, judged, quoted, said
 
 ATTEMPTS = 3
 RENAMED = {"amount": "total", "days_since_delivery": "delivered_days_ago", "days_in_transit": "transit_days"}
@@ -104,11 +104,6 @@ def _fields(content: str) -> dict[str, Any]:
         return {}
     back = {renamed: name for name, renamed in RENAMED.items()}
     return {back.get(str(name), str(name)): value for name, value in result.items()} if isinstance(result, dict) else {}
-
-
-def quoted(name: str, value: object) -> str:
-    """A field as its record writes it: quoting is copying what follows the same words, and is easily checked."""
-    return f"{json.dumps(name)}: {json.dumps(value)}"
 
 
 def within(view: View, name: str, limit: int, value: int) -> bool:
@@ -254,15 +249,16 @@ def _sensitive(item: Item, view: View, rules: Rules, tier: str) -> str:
     view.rule(f"{item.kind} team")
     if team:
         view.get("escalate", category=item.kind, team=team)
-        return f"escalated to {team}"
+        return f"escalated, {quoted('team', team)}"
     view.get("open_ticket", topic=item.kind)
     return "ticket opened"
 
 
 def _set_ticket(item: Item, view: View, rules: Rules, tier: str) -> str:
     status = "closed" if item.kind == "close ticket" else "open"
+    view.notes.append(quoted("ticket", status))
     view.get("set_ticket", ticket_id=item.about, ticket=status)
-    return f"ticket {status}"
+    return quoted("ticket", status)
 
 
 def _read(tool: str, name: str):

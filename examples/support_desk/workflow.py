@@ -29,8 +29,9 @@ Begin each note with the item at hand: its number, ":", its kind and its order, 
 its result and name the next one. Whenever a rule decides, first note the rule, the tenant's name, what the rule says \
 and the value that you hold against it; before a limit, the customer's tier. Compare numbers in writing: which has \
 more digits, or digit by digit until two differ.
-Questions are answered by one read: get_order, get_shipment, get_payment or check_stock; the result quotes the field \
-as the record writes it, and so do your notes where a word of a record decides. Of the order's three status \
+Quote the words that matter as the record or the call writes them, name and value: in notes a word of a record that \
+decides, and a role, team, version or ticket status that the next call takes; in results what was asked for.
+Questions are answered by one read: get_order, get_shipment, get_payment or check_stock. Of the order's three status \
 fields only the one named in the rules counts.
 Refunds and returns: get_order; deny items of the category that is never taken back. get_shipment; compare the days \
 since delivery with the damage window for damaged or defective items, with the return window otherwise; deny when \

@@ -116,6 +116,7 @@ def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory
             name, rules = _tenant(rng, {*desk.tenants, *regulars, *tenants}), tenant_rules.draw(rng)
         tenants[name] = Section("tenant", name, tuple(tenant_rules.write(rules, rng)))
         many = rng.random() < mix.many or depth == "full"
+        # the whole context leaves about half of the longest row
         items = rng.randint(3, 12 if depth == "full" else 24) if many else rng.choice((1, 1, 2, 3))
         faults = rng.choice((1, 1, 2)) if rng.random() < mix.faults else 0
         task = make_task(rng, name, rules, items, split="base", seed=seed * 1_000_000 + number, faults=faults)

@@ -30,7 +30,7 @@ from engrain.policy import Episode
 from engrain.renderer import Renderer
 from engrain.tool import Tool
 from engrain.trajectory import Message
-from engrain.turn import GREEDY, Completion, Request, Sampling, Turn
+from engrain.turn import GREEDY, LONGEST_TURN, Completion, Request, Sampling, Turn
 
 SHORTEST_SHARED = 32
 """Prefixes at least this long are copied from another line rather than encoded."""
@@ -93,7 +93,7 @@ class Engine:
         self._adapted = nullcontext()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], grammar: str | None = None, max_new: int = 512
+        self, prompts: Sequence[Sequence[int]], grammar: str | None = None, max_new: int = LONGEST_TURN
     ) -> list[list[int]]:
         """Completions of token prompts, without episodes. Stop tokens are included."""
         requests = [Request(prompt, grammar, max_new, seed=str(number)) for number, prompt in enumerate(prompts)]
@@ -255,7 +255,7 @@ class CompiledPolicy:
 
     name = "compiled"
 
-    def __init__(self, engine: Engine, *, constrained: bool = True, max_new: int = 1536) -> None:
+    def __init__(self, engine: Engine, *, constrained: bool = True, max_new: int = LONGEST_TURN) -> None:
         self.engine, self.constrained, self.max_new = engine, constrained, max_new
         self._grammars: dict[tuple[Tool, ...], str] = {}
 

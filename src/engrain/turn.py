@@ -24,6 +24,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+LONGEST_TURN = 1536
+"""Tokens after which a turn is cut off, unless the caller says otherwise: room for a plan of some forty items."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Request:
 
     prompt: Sequence[int]
     grammar: str | None = None
-    max_new: int = 512
+    max_new: int = LONGEST_TURN
     owner: object = None
     seed: str = ""
 
