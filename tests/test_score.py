@@ -55,15 +55,17 @@ def test_score_counts_calls_steps_and_reasons() -> None:
     failed = Message(role="tool", name="look", error="timeout")
     answer = Message(role="assistant", content="done", token_ids=[1], prompt_tokens=30)
     cut = Message(role="assistant", error="truncated", token_ids=[1, 2], prompt_tokens=20)
+    unread = Message(role="assistant", error="malformed_call", prompt_tokens=20)
     result = score(
         [
             run("a", True, step, failed, answer),
             run("b", False, step, refused, answer, reason="budget: steps"),
-            run("c", False, cut, reason="budget: steps (64)"),
+            run("c", False, cut, unread, reason="budget: steps (64)"),
         ]
     )
-    assert (result.tasks, result.calls, result.steps) == (3, 2, 5 / 3)
+    assert (result.tasks, result.calls, result.steps) == (3, 2, 6 / 3)
     assert result.invalid == pytest.approx(2 / 3)  # a tool's own failure is not an invalid call
+    assert result.truncated == pytest.approx(1 / 6)
     assert (result.prompt_tokens, result.completion_tokens) == (20, 2)
     assert result.failures == {"budget: steps": 2}
     assert result.success.mean == pytest.approx(1 / 3)

@@ -276,7 +276,7 @@ def _one(split: str, rng: random.Random, tenant: str, rules: Rules, seed: int) -
         return make_task(rng, tenant, rules, few, split=split, seed=seed, faults=rng.choice((1, 1, 2)))
     if split == "train":
         dice = rng.random()
-        count = few if dice < 0.75 else rng.randint(4, 7) if dice < 0.87 else rng.randint(8, 24)
+        count = few if dice < 0.8 else rng.randint(4, 7) if dice < 0.92 else rng.randint(8, 24)
         faults = rng.choice((1, 1, 2)) if rng.random() < 0.3 else 0
         return make_task(rng, tenant, rules, count, split=split, seed=seed, faults=faults)
     return make_task(rng, tenant, rules, few, split=split, seed=seed, held_out=split == "wording")

@@ -87,8 +87,8 @@ class Report:
     """Success of each compiled arm minus the prompt arm's, paired by task, by arm and split."""
 
     headings = (
-        "split", "arm", "success % [95%]", "invalid calls %", "steps", "prompt tokens/step", "new tokens/step",
-        "s/step", "tasks",
+        "split", "arm", "success % [95%]", "invalid calls %", "cut-off turns %", "steps", "prompt tokens/step",
+        "new tokens/step", "s/step", "tasks",
     )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +100,8 @@ class Report:
                 split,
                 arm,
                 cell.score.success.percent(),
-                f"{100 * cell.score.invalid:.1f}",
+                f"{100 * cell.score.invalid:.2f}",
+                f"{100 * cell.score.truncated:.2f}",
                 f"{cell.score.steps:.1f}",
                 f"{cell.score.prompt_tokens:.0f}",
                 f"{cell.score.completion_tokens:.0f}",

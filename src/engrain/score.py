@@ -17,10 +17,8 @@ import numpy as np
 from engrain.trajectory import Message, ToolCall, Trajectory
 
 RESAMPLES = 10_000
-INVALID = frozenset({"bad_arguments", "unknown_tool", "not_allowed"})
-"""Errors of a tool turn that are the caller's fault."""
-UNFINISHED = frozenset({"truncated", "malformed_call"})
-"""Errors of an assistant turn that is no whole turn: it ran out of tokens, or began a call that cannot be read."""
+INVALID = frozenset({"bad_arguments", "unknown_tool", "not_allowed", "malformed_call"})
+"""Errors of a turn that say that the call itself was wrong: refused, or begun and not to be read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,9 @@ class Score:
     success: Interval
     calls: int
     invalid: float
-    """Invalid calls and unfinished turns, per call."""
+    """Invalid calls, per call that was tried."""
+    truncated: float
+    """Turns cut off at the limit of tokens, which make no call, per step."""
     steps: float
     prompt_tokens: float
     """Tokens in the context when a step was decoded, mean over steps."""
@@ -99,14 +99,16 @@ def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
     turns = [message for trajectory in trajectories for message in trajectory.messages]
     steps = [turn for turn in turns if turn.role == "assistant"]
     calls = sum(len(turn.tool_calls) for turn in steps)
-    faulty = sum(turn.role == "tool" and turn.error in INVALID for turn in turns)
-    unfinished = sum(turn.error in UNFINISHED for turn in steps)
+    invalid = sum(turn.error in INVALID for turn in turns)
+    unread = sum(turn.error == "malformed_call" for turn in steps)
+    truncated = sum(turn.error == "truncated" for turn in steps)
     failures = Counter(reason(trajectory) for trajectory in trajectories if not succeeded(trajectory))
     return Score(
         tasks=len(trajectories),
         success=bootstrap([float(succeeded(trajectory)) for trajectory in trajectories], seed=seed),
         calls=calls,
-        invalid=(faulty + unfinished) / max(1, calls + unfinished),
+        invalid=invalid / max(1, calls + unread),
+        truncated=truncated / max(1, len(steps)),
         steps=len(steps) / max(1, len(trajectories)),
         prompt_tokens=_mean(turn.prompt_tokens for turn in steps),
         completion_tokens=_mean(len(turn.token_ids) for turn in steps if turn.token_ids is not None),
