@@ -55,7 +55,7 @@ def test_teacher_reaches_every_goal(split):
 
 def test_words_that_matter_are_quoted_as_the_record_or_the_call_writes_them():
     quotes = Counter[str]()
-    for trajectory in run(draw("train", 60)):
+    for trajectory in run(draw("train", 120)):
         for place, turn in enumerate(trajectory.messages):
             if turn.role == "assistant":
                 so_far = trajectory.messages[: place + 1]
