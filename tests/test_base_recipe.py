@@ -56,11 +56,15 @@ def test_tenants_come_back_only_where_their_rules_are_not_given():
 
 def test_drills_ask_for_what_can_be_read_or_known():
     rows = list(data.practice(5, 60, english=["One two three.", "Four five."]))
-    assert {row.kind for row in rows} == {"recall", "compare", "repeat"}
+    assert {row.kind for row in rows} == {"recall", "compare", "find", "repeat"}
     for row in rows:
         system, asked, answer = (message.content for message in row.messages)
         if row.kind == "repeat":
             assert asked == f"Repeat: {answer}" and "three." in answer
+        elif row.kind == "find":
+            marks, *lines = asked.removeprefix("Find: ").splitlines()
+            found = answer.splitlines()
+            assert [line.split()[0] for line in found] == marks.split(", ") and set(found) <= set(lines)
         elif row.kind == "compare":
             pairs = re.findall(r"(\d+), (\d+): [^,]+, (within|over)", answer)
             assert len(pairs) > 10

@@ -75,10 +75,10 @@ def test_the_plan_quotes_the_customer_and_names_every_item():
         request, plan = (message for message in trajectory.messages[1:3])
         lines = plan.reasoning.splitlines()
         assert lines
-        for number, line in enumerate(lines, 1):
+        for place, line in enumerate(lines):
             said, name = line.split(" = ")
-            assert said.removeprefix(f"{number}) ") in request.content
-            group, title = name.split(f" {number}: ")
+            assert said.removeprefix(f"{requests.mark(place)} ") in request.content
+            group, title = name.split(f" {requests.mark(place)}: ")
             assert group == requests.group(next(kind for kind in requests.KINDS if title.startswith(kind)))
 
 

@@ -13,7 +13,7 @@ from engrain.task import Task
 from engrain.trajectory import Message, Outcome
 
 from . import store
-from .requests import CHANGES, REFUNDS, Item
+from .requests import CHANGES, REFUNDS, Item, mark
 from .rules import Rules, quoted
 
 Write = tuple[str, dict[str, Any]]
@@ -125,15 +125,15 @@ def expected(task: Task) -> tuple[list[Write], list[str]]:
         return [], ["Identity not verified."]
     writes: list[Write] = []
     lines: list[str] = []
-    for number, item in enumerate(items):
+    for place, item in enumerate(items):
         mine, result = expected_of(item, customer["tier"], rules, books)
-        if fatal.get("item") == number:
+        if fatal.get("item") == place:
             before = next((i for i, (tool, _) in enumerate(mine) if tool == fatal["tool"]), fatal["writes"])
             mine, result = mine[:before], "not found"
             if fatal["exhausted"]:
                 mine, result = [*mine, handover], "handed over"
         writes += mine
-        lines.append(f"{number + 1}. {result}")
+        lines.append(f"{mark(place)}. {result}")
     return writes, lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, replace
+from string import ascii_lowercase
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "order status": (
@@ -268,11 +269,17 @@ def say(items: list[Item], rng: random.Random, held_out: bool) -> list[Item]:
     return [replace(item, said=words) for item, words in zip(items, said, strict=True)]
 
 
+def mark(place: int) -> str:
+    """The mark of an item by its place from 0: (a) to (z), then (aa). No identifier has a letter in parentheses."""
+    letters = ascii_lowercase[place % 26]
+    return f"({letters * (1 + place // 26)})"
+
+
 def request(items: list[Item], customer: str, pin: str, rng: random.Random, held_out: bool) -> str:
-    """The customer's message: who they are, then what they want, numbered when there are several things."""
+    """The customer's message: who they are, then what they want, each with its mark when there are several things."""
     opening = rng.choice(OPENINGS_HELD_OUT if held_out else OPENINGS).format(c=customer, p=pin)
     if len(items) == 1:
         body = f"{items[0].said}."
     else:
-        body = rng.choice(LISTS) + "".join(f"\n{number}) {item.said}" for number, item in enumerate(items, 1))
+        body = rng.choice(LISTS) + "".join(f"\n{mark(place)} {item.said}" for place, item in enumerate(items))
     return f"{opening} {body}{rng.choice(CLOSINGS)}"

@@ -104,7 +104,8 @@ def _order_rows(item: Item, tier: str, rules: Rules, rng: random.Random, taken: 
     return rows
 
 
-def _item(kind: str, rng: random.Random, taken: set[str]) -> Item:
+def make_item(kind: str, rng: random.Random, taken: set[str]) -> Item:
+    """An item of a kind, about an identifier that is not `taken` yet."""
     if kind in ("tier", "fraud", "safety", "legal", "press", "privacy", "invoice", "callback", "billing"):
         return Item(kind)
     if kind == "stock":
@@ -132,7 +133,7 @@ def make_task(
     right_pin = "".join(rng.choice("0123456789") for _ in range(4))
     pin = right_pin if count > 3 or rng.random() > 0.04 else right_pin[::-1]
     kinds = rng.choices(KINDS, k=count) if count > 1 else [rng.choice(KINDS)]
-    items = say([_item(kind, rng, taken) for kind in kinds], rng, held_out)
+    items = say([make_item(kind, rng, taken) for kind in kinds], rng, held_out)
     start: dict[str, list[Any]] = {
         "customers": [{"customer_id": customer, "name": rng.choice(NAMES), "tier": tier, "pin": right_pin}]
     }

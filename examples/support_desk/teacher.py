@@ -17,7 +17,7 @@ from typing import Any
 
 from engrain.trajectory import Message, ToolCall
 
-from .requests import CHANGES, REFUNDS, Item, group
+from .requests import CHANGES, REFUNDS, Item, group, mark
 from .rules import Rules, judged, quoted, said
 
 ATTEMPTS = 3
@@ -304,16 +304,17 @@ _PROCEDURES = {
 }
 
 
-def needs_identity(items: Sequence[Item], rules: Rules) -> int:
-    """The number of the first item for which this tenant verifies identity; 0 if there is none."""
+def needs_identity(items: Sequence[Item], rules: Rules) -> str:
+    """The mark of the first item for which this tenant verifies identity; empty if there is none."""
     guarded = {"every request": None, "changes": CHANGES, "refunds": REFUNDS}[rules.identity]
-    return next((number for number, item in enumerate(items, 1) if guarded is None or item.kind in guarded), 0)
+    return next((mark(place) for place, item in enumerate(items) if guarded is None or item.kind in guarded), "")
 
 
 def plan(items: Sequence[Item]) -> str:
     """Each item in the customer's words, then what kind of thing it is."""
     return "\n".join(
-        f"{number}) {item.said} = {group(item.kind)} {number}: {item.title}" for number, item in enumerate(items, 1)
+        f"{mark(place)} {item.said} = {group(item.kind)} {mark(place)}: {item.title}"
+        for place, item in enumerate(items)
     )
 
 
@@ -326,14 +327,14 @@ def decide(
         tier, refusal = _identify(view, items, customer, pin, rules)
         if refusal:
             return Message(role="assistant", content=refusal), -1
-        for number, item in enumerate(items, 1):
-            view.title = f"{number}: {item.title}"
+        for place, item in enumerate(items):
+            view.title = f"{mark(place)}: {item.title}"
             view.notes.append(view.title)
             try:
                 result = handle(item, view, rules, tier)
             except Stop as stop:
                 result = stop.result
-            results.append(f"{number}. {result}")
+            results.append(f"{mark(place)}. {result}")
             view.notes.append(results[-1])
     except Act as act:
         item = -1 if act.name in ("get_customer", "verify_identity") else len(results)
@@ -345,10 +346,10 @@ def _identify(view: View, items: Sequence[Item], customer: str, pin: str, rules:
     """Find and, where the tenant asks for it, verify the customer; returns their tier and a refusal, one empty."""
     try:
         tier = view.get("get_customer", customer_id=customer, needs=("tier",))["tier"]
-        number = needs_identity(items, rules)
+        first = needs_identity(items, rules)
         view.notes.append(f"customer is {tier}")
-        view.rule("identity", f"item {number}" if number else "no item")
-        if number and not view.get("verify_identity", customer_id=customer, pin=pin)["verified"]:
+        view.rule("identity", f"item {first}" if first else "no item")
+        if first and not view.get("verify_identity", customer_id=customer, pin=pin)["verified"]:
             return "", "Identity not verified."
     except Stop:
         return "", "Customer not found."

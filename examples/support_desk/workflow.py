@@ -20,12 +20,12 @@ from .goal import check
 from .store import READS, WRITES, Desk
 
 PROCEDURE = """\
-Work through the customer's items in the order in which they are numbered, one call at a time.
-First write a plan, a line an item: its number and ")", the customer's words for it, "=", its group (question, refund, \
-change or matter), its number and ":", its kind and its order, SKU or ticket. Then call get_customer to learn the \
+Work through the customer's items in their order, one call at a time.
+First write a plan, a line an item: its mark, as (c), the customer's words for it, "=", its group (question, refund, \
+change or matter), its mark and ":", its kind and its order, SKU or ticket. Then call get_customer to learn the \
 customer's tier, and verify_identity where the tenant's rules ask for it; if the PIN is wrong, answer "Identity not \
 verified." and do nothing else.
-Begin each note with the item at hand: its number, ":", its kind and its order, SKU or ticket. When it is done, note \
+Begin each note with the item at hand: its mark, ":", its kind and its order, SKU or ticket. When it is done, note \
 its result and name the next one. Whenever a rule decides, first note the rule, the tenant's name, what the rule says \
 and the value that you hold against it; before a limit, the customer's tier. Compare numbers in writing: which has \
 more digits, or digit by digit until two differ.
@@ -45,9 +45,9 @@ Cancel an order or change its address only while the field that counts says open
 A late parcel gets the goodwill credit if its days in transit are over the late mark.
 Sensitive matters (fraud, safety, legal, press, privacy): escalate to the team named in the rules; if none is named, \
 open_ticket with that topic. Invoices, callbacks and billing questions: open_ticket.
-Answer with one line for each item: its number, a full stop and its result."""
+Answer with one line for each item: its mark, a full stop and its result. A single item is (a)."""
 
-PLAN = "number and name the items, then find the customer."
+PLAN = "mark and name the items, then find the customer."
 EXECUTE = "take the next step of the current item, or answer when all items are done."
 VALIDATE = "after a refund or credit read the payment, after a replacement or cancellation read the order, to confirm."
 RECOVER = """\

@@ -82,6 +82,8 @@ def practice(seed: int, count: int, mix: Mix = Mix(), english: Sequence[str] = (
     """Drills about the same tenants as in `trajectories`."""
     desk = load_workflow(DESK)
     tenant_rules = import_module("engrain_workflow_support_desk.rules")
+    requests = import_module("engrain_workflow_support_desk.requests")
+    make_item = import_module("engrain_workflow_support_desk.tasks").make_item
     rng = random.Random(f"drills/{seed}")
     regulars = _population(mix.population, desk, tenant_rules)
 
@@ -95,7 +97,14 @@ def practice(seed: int, count: int, mix: Mix = Mix(), english: Sequence[str] = (
         system = _system(replace(desk, tenants={name: section}), name, "none" if known else "rules")
         return system, {f"{rule} of {name}": value for rule, value in tenant_rules.said(rules).items()}
 
-    return drills(rng, count, tenant, tenant_rules.judged, english)
+    def lines() -> dict[str, str]:
+        """What a customer asks for in few kinds of request, so that many lines share their words."""
+        kinds = rng.sample(requests.KINDS, 3)
+        taken: set[str] = set()
+        items = [make_item(rng.choice(kinds), rng, taken) for _ in range(rng.randint(8, 20))]
+        return {requests.mark(place): item.said for place, item in enumerate(requests.say(items, rng, held_out=False))}
+
+    return drills(rng, count, tenant, tenant_rules.judged, lines, english)
 
 
 def trajectories(seed: int, count: int, mix: Mix = Mix()) -> Iterator[Trajectory]:

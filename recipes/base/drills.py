@@ -1,8 +1,8 @@
 """Drills: short rows that practise one thing many times over.
 
 A trajectory compares two numbers once or twice and recalls a handful of rules, among hundreds of tokens that are easy
-by then. A drill is nothing but comparisons, or rules recalled by name (read from the profile, or known), or a text to
-repeat, which meets words of the vocabulary that no support desk uses: an embedding that is never trained is lost to
+by then. A drill is nothing but comparisons, or rules recalled by name (read from the profile, or known), or marked lines
+to be found among others that say nearly the same, or a text to repeat, which meets words of the vocabulary that no support desk uses: an embedding that is never trained is lost to
 every adapter on top.
 """
 
@@ -22,17 +22,21 @@ def drills(
     count: int,
     tenant: Callable[[], tuple[str, Mapping[str, str]]],
     judged: Callable[[int, int], str],
+    lines: Callable[[], Mapping[str, str]],
     english: Sequence[str] = (),
 ) -> Iterator[Trajectory]:
-    """`count` drills. `tenant` gives a system prompt and the rules that hold in it by name; `judged` compares."""
+    """`count` drills. `tenant` gives a system prompt and the rules that hold in it by name; `judged` compares; `lines`
+    gives lines by their mark."""
     for number in range(count):
-        kind = rng.choice(("recall", "recall", "compare", "repeat"))
+        kind = rng.choice(("recall", "recall", "compare", "find", "repeat"))
         system = "You practise."
         if kind == "recall":
             system, rules = tenant()
             asked, answer = recall(rng, rules)
         elif kind == "compare":
             asked, answer = compare(rng, judged)
+        elif kind == "find":
+            asked, answer = find(rng, lines())
         else:
             asked, answer = repeat(rng, english)
         messages = [
@@ -58,6 +62,13 @@ def compare(rng: random.Random, judged: Callable[[int, int], str]) -> tuple[str,
         pairs.append((limit, max(0, limit + rng.randint(-near, near))))
     asked = "; ".join(f"{limit}, {value}" for limit, value in pairs)
     return f"Compare: {asked}", "; ".join(f"{limit}, {judged(limit, value)}" for limit, value in pairs)
+
+
+def find(rng: random.Random, lines: Mapping[str, str]) -> tuple[str, str]:
+    """Lines asked for by their marks, in another order."""
+    marks = rng.sample(list(lines), min(len(lines), 12))
+    given = "".join(f"\n{mark} {line}" for mark, line in lines.items())
+    return f"Find: {', '.join(marks)}{given}", "\n".join(f"{mark} {lines[mark]}" for mark in marks)
 
 
 def repeat(rng: random.Random, english: Sequence[str]) -> tuple[str, str]:
