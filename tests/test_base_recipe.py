@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,20 +91,38 @@ def test_a_call_is_few_tokens_and_numbers_are_digits(trajectories):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def copied(model: LlamaForCausalLM) -> float:
-    """Accuracy on the second half of repeated random sequences."""
+OPENING, CLOSING, NEWLINE, FIRST_WORD = 40, 41, 42, 50
+
+
+def repeated(rng: random.Random) -> tuple[list[int], list[int]]:
+    """A random sequence twice, and the places where what comes next is known."""
+    half = rng.choices(range(FIRST_WORD, 300), k=30)
+    return half * 2, list(range(33, 59))
+
+
+def marked_lines(rng: random.Random) -> tuple[list[int], list[int]]:
+    """Marked lines of one phrase and a code, said again in another order, and the places before their codes."""
+    phrase = rng.choices(range(FIRST_WORD, 300), k=6)
+    lines = [[OPENING, mark, CLOSING, *phrase, *rng.choices(range(10), k=3), NEWLINE] for mark in range(10, 18)]
+    again = rng.sample(lines, len(lines))
+    ids = [token for line in (*lines, *again) for token in line]
+    return ids, [len(lines[0]) * (len(lines) + line) + 8 for line in range(len(lines))]
+
+
+def copied(model: LlamaForCausalLM, draw: Callable[[random.Random], tuple[list[int], list[int]]]) -> float:
+    """How often the likeliest token is the right one."""
     rng = random.Random(0)
     hits = []
     for _ in range(8):
-        half = rng.choices(range(300), k=30)
-        ids = torch.tensor([half * 2])
+        ids, places = draw(rng)
         with torch.no_grad():
-            guess = model(input_ids=ids).logits[0].argmax(-1)
-        hits += (guess[33:-1] == ids[0, 34:]).tolist()
+            guess = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        hits += [guess[place] == ids[place + 1] for place in places]
     return sum(hits) / len(hits)
 
 
-def test_induction_heads_copy_without_training():
+@pytest.mark.parametrize("draw", [repeated, marked_lines])
+def test_the_model_copies_without_training(draw):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
@@ -117,15 +136,15 @@ def test_induction_heads_copy_without_training():
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     model = LlamaForCausalLM(config)
-    assert copied(model) < 0.1
-    write_induction_heads(model, torch.Generator().manual_seed(0))
-    assert copied(model) > 0.7
+    assert copied(model, draw) < 0.2
+    write_induction_heads(model, OPENING, torch.Generator().manual_seed(0))
+    assert copied(model, draw) > 0.7
 
 
 def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "PER_CHUNK", 20)
     monkeypatch.setattr(make, "TOKENIZER_TRAJECTORIES", 40)
-    make.main(tmp_path / "base", tokens=3000, work=tmp_path / "work", trajectories=20, processes=1, layers=2)
+    make.main(tmp_path / "base", tokens=3000, work=tmp_path / "work", trajectories=20, processes=1, layers=3)
     base = load_base(tmp_path / "base")
     assert base.tokenizer.chat_template and base.model.config.num_hidden_layers == 2
     card = (tmp_path / "base" / "README.md").read_text()

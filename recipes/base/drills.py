@@ -1,9 +1,9 @@
 """Drills: short rows that practise one thing many times over.
 
 A trajectory compares two numbers once or twice and recalls a handful of rules, among hundreds of tokens that are easy
-by then. A drill is nothing but comparisons, or rules recalled by name (read from the profile, or known), or marked lines
-to be found among others that say nearly the same, or a text to repeat, which meets words of the vocabulary that no support desk uses: an embedding that is never trained is lost to
-every adapter on top.
+by then. A drill is nothing but comparisons, or rules recalled by name (read from the profile, or known), or marked
+lines to be found among others that say nearly the same, or a text to repeat, which meets words of the vocabulary that
+no support desk uses: an embedding that is never trained is lost to every adapter on top.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Recipe:
 
     tokens: int
     """The dial: tokens to train on."""
-    trajectories: int = 28_000
+    trajectories: int = 31_000
     """How many are generated; enough for each row to be met at most once at the default dial."""
     seed: int = 0
     vocabulary: int = 4096
@@ -191,7 +191,9 @@ def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaFo
     config = recipe.config(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config)
-    write_induction_heads(model, torch.Generator().manual_seed(recipe.seed))
+    opening = tokenizer.convert_tokens_to_ids("(")
+    assert isinstance(opening, int)
+    write_induction_heads(model, opening, torch.Generator().manual_seed(recipe.seed))
     return model
 
 
@@ -212,8 +214,8 @@ pipeline_tag: text-generation
 
 A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on trajectories
 of the support desk (`examples/support_desk`) for tenants invented at random, and on drills (`recipes/base/drills.py`).
-It is a starting point to compile on and to test with, not a general model. Its first two layers start as induction
-heads (`recipes/base/induction.py`), so that it can copy identifiers from the first step on.
+It is a starting point to compile on and to test with, not a general model. Its first three layers start as induction
+heads (`recipes/base/induction.py`), so that it can copy identifiers and marked lines from the first step on.
 
 - Data: {len(rows):,} generated rows, {len(rows.ids):,} tokens, {int(rows.mask.sum()):,} of them with loss. Never the
   tenants in `examples/support_desk/tenants`, never the held-out request wording.
@@ -235,11 +237,11 @@ def commit() -> str:
 
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the base goes")],
-    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 17_000_000,
+    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 16_000_000,
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
-    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 28_000,
+    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 31_000,
     processes: int = 2,
     lr: float = 1.5e-3,
     layers: int = 6,
