@@ -146,6 +146,6 @@ def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "TOKENIZER_TRAJECTORIES", 40)
     make.main(tmp_path / "base", tokens=3000, work=tmp_path / "work", trajectories=20, processes=1, layers=3)
     base = load_base(tmp_path / "base")
-    assert base.tokenizer.chat_template and base.model.config.num_hidden_layers == 2
+    assert base.tokenizer.chat_template and base.model.config.num_hidden_layers == 3
     card = (tmp_path / "base" / "README.md").read_text()
     assert "--tokens 3000 --seed 0" in card and "apache-2.0" in card
