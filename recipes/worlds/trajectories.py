@@ -1,0 +1,74 @@
+"""Trajectories of many worlds: what a base is trained on.
+
+The context in the prompt is full (procedures, rules, tool schemas), in part (procedures and rules) or none; worlds whose
+context is left out come back, so that they can be learnt by heart.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engrain.task import Task
+from engrain.trajectory import Message, Trajectory
+from engrain.workflow import Workflow
+from worlds.catalogue import TRAINED, family
+from worlds.tasks import make_task, walk
+from worlds.workflow import tenants, workflow
+from worlds.world import draw
+
+HOME = 10**9
+"""Seeds from here on are of the worlds that come back."""
+
+
+@dataclass(frozen=True)
+class Depths:
+    """Shares of trajectories by how much of their context is in the prompt; the rest has none of it."""
+
+    full: float = 0.5
+    part: float = 0.4
+    home: int = 24
+    """How many worlds come back."""
+    faults: float = 0.2
+    many: float = 0.15
+    """Share of tasks with 4 to 9 items."""
+    per_world: int = 6
+
+
+def trajectories(
+    seed: int, count: int, depths: Depths = Depths(), families: Sequence[str] = TRAINED
+) -> Iterator[Trajectory]:
+    """`count` successful teacher trajectories; the same for the same seed."""
+    rng = random.Random(f"worlds/{seed}")
+    made = 0
+    while made < count:
+        depth = rng.choices(("full", "part", "none"), (depths.full, depths.part, 1 - depths.full - depths.part))[0]
+        number = HOME + rng.randrange(depths.home) if depth == "none" else seed * 1_000_000 + made
+        world = draw(family(families[number % len(families)] if depth == "none" else rng.choice(families)), number)
+        rules = tenants(world, 0, 2)
+        flow = workflow(world, rules)
+        for turn in range(min(depths.per_world, count - made)):
+            tenant = list(rules)[turn % len(rules)]
+            items = rng.randint(4, 9) if rng.random() < depths.many else rng.choice((1, 1, 2, 3))
+            faults = rng.choice((1, 1, 2)) if rng.random() < depths.faults else 0
+            name = f"world-{seed}-{made}"
+            task = make_task(world, tenant, rules[tenant], rng, items, name=name, seed=seed, faults=faults)
+            yield _trajectory(flow, task, depth, list(walk(world, task)))
+            made += 1
+
+
+def _trajectory(flow: Workflow, task: Task, depth: str, turns: Sequence[Message]) -> Trajectory:
+    full = "none" if depth == "none" else "full"
+    system = Message(role="system", content=flow.system(task.tenant, full))
+    return Trajectory(
+        id=f"{task.id}:teacher",
+        messages=[system, Message(role="user", content=task.request), *turns],
+        tools=flow.schemas("full" if depth == "full" else "none"),
+        workflow=flow.name,
+        tenant=task.tenant,
+        task=task.id,
+        kind=task.kind,
+        seed=task.seed,
+        teacher="script",
+    )

@@ -1,0 +1,349 @@
+"""A world: one draw of a family. It fixes which kinds of request there are and the names of everything."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from string import ascii_uppercase
+from typing import Any
+
+from engrain.tool import Tool
+from worlds.language import key, made_up, pick
+from worlds.spec import (
+    Action,
+    Asked,
+    By,
+    Check,
+    Choice,
+    Condition,
+    Do,
+    End,
+    Family,
+    Is,
+    Jump,
+    Kind,
+    Number,
+    Of,
+    Over,
+    Read,
+    Record,
+    Ref,
+    Rule,
+    Says,
+    Source,
+    Step,
+    Stop,
+    Values,
+    Word,
+)
+
+READ_VERBS = "get|read|fetch|find|show|look_up|load|open"
+HAND_OVER = "hand_over|open_ticket|call_colleague|escalate_case"
+MOST_KINDS = 9
+INVENTED = 0.3
+"""Share of worlds whose nouns are made up."""
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """Steps with their labels resolved: a jump's target is a place in `steps`."""
+
+    letter: str
+    steps: tuple[Step, ...]
+    places: Mapping[str, int]
+
+    def mark(self, place: int) -> str:
+        return f"{self.letter}{place + 1}" if place < len(self.steps) else "the end"
+
+
+@dataclass(frozen=True)
+class World:
+    family: Family
+    seed: int
+    kinds: Mapping[str, Kind]
+    shown: Mapping[str, str]
+    """What each record, path, action, argument, rule and kind is called here, by key."""
+    letters: Mapping[str, str]
+    """The letter with which the identifiers of each record start."""
+    words: Mapping[str, tuple[str, ...]]
+    """The options of each rule that is a free word."""
+    extra: tuple[str, ...]
+    """Actions that no procedure needs."""
+    records: Mapping[str, Record] = field(default_factory=dict)
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    actions: Mapping[str, Action] = field(default_factory=dict)
+
+    @cached_property
+    def procedures(self) -> dict[str, Procedure]:
+        """By kind; the opening by the empty string."""
+        every = {"": self.family.opening, **{name: kind.steps for name, kind in self.kinds.items()}}
+        return {name: _resolved(ascii_uppercase[place], steps) for place, (name, steps) in enumerate(every.items())}
+
+    @cached_property
+    def used_rules(self) -> tuple[str, ...]:
+        """Those that some procedure here asks for, in the family's order."""
+        asked = {rule for procedure in self.procedures.values() for step in procedure.steps for rule in rules_of(step)}
+        return tuple(rule for rule in self.rules if rule in asked)
+
+    @cached_property
+    def tools(self) -> dict[str, Tool]:
+        """By record for reads, by action for the others; `hand_over` for what cannot be done."""
+        tools: dict[str, Tool] = {}
+        for name, record in self.records.items():
+            fields = ", ".join(self.shown[f"{name}.{one}"] for one in record.fields)
+            described = f"Read one {self.shown[name]}: {fields}."
+            tools[name] = self._tool(name, self.shown[f"get {name}"], described, {self.shown[f"{name}.id"]: "string"})
+        for name in self.used_actions:
+            action = self.actions[name]
+            arguments = {self.shown[f"{action.on}.id"]: "string"}
+            for argument, values in action.arguments.items():
+                arguments[self.shown[f"{name}.{argument}"]] = "integer" if isinstance(values, Number) else "string"
+            described = f"{name.replace('_', ' ').capitalize()} for one {self.shown[action.on]}."
+            tools[name] = self._tool(name, self.shown[f"do {name}"], described, arguments)
+        tools["hand_over"] = self._tool(
+            "hand_over", self.shown["hand_over"], "Give a case to a colleague.", {"topic": "string"}
+        )
+        return tools
+
+    @cached_property
+    def used_actions(self) -> tuple[str, ...]:
+        steps = [step for procedure in self.procedures.values() for step in procedure.steps]
+        needed = {step.action for step in steps if isinstance(step, Do)}
+        return tuple(name for name in self.actions if name in needed or name in self.extra)
+
+    @staticmethod
+    def _tool(of: str, name: str, description: str, arguments: Mapping[str, str]) -> Tool:
+        from worlds.store import run
+
+        properties = {argument: {"type": kind} for argument, kind in arguments.items()}
+        schema = {"type": "object", "properties": properties, "required": list(arguments)}
+        schema["additionalProperties"] = False
+        return Tool(name, description, json.dumps(schema), run(of), takes_state=True)
+
+    def options(self, path: str) -> tuple[str, ...]:
+        """The words that may stand at a path."""
+        values = self.values(path)
+        assert isinstance(values, Word), path
+        return tuple(values.options.split("|"))
+
+    def values(self, path: str) -> Values:
+        owner, _, name = path.partition(".")
+        if owner in self.records:
+            return self.records[owner].fields[name]
+        return self.actions[owner].gives[name]
+
+    def needs(self, step: Step) -> Iterator[str]:
+        """The paths that a step reads."""
+        for name in rules_of(step):
+            rule = self.rules[name]
+            yield from filter(None, (rule.by, getattr(rule, "rare", ""), *getattr(rule, "fields", ())))
+        match step:
+            case Read(_, by) if by:
+                yield by
+            case Stop() | Jump():
+                if path := getattr(step.when, "path", ""):
+                    yield path
+            case Do(_, arguments):
+                yield from (source.path for source in arguments.values() if isinstance(source, Of))
+            case End(_, shows) if shows:
+                yield shows
+
+    def text(self, step: Step, procedure: Procedure) -> str:
+        """One step in words, without its mark."""
+        match step:
+            case Read(record, by):
+                return self.shown[f"get {record}"] + (f" by {self.shown[by]}" if by else "")
+            case Check(record):
+                return f"check by {self.shown[f'get {record}']}"
+            case Do(action, arguments):
+                given = [f"{self.shown[f'{action}.{name}']} {self._from(source)}" for name, source in arguments.items()]
+                return self.shown[f"do {action}"] + (f" with {', '.join(given)}" if given else "")
+            case Stop(result, when, unless):
+                return f'stop "{result}" {"unless" if unless else "if"} {self._condition(when)}'
+            case Jump(to, when, unless):
+                to = procedure.mark(procedure.places[to])
+                return f"go to {to} {'unless' if unless else 'if'} {self._condition(when)}"
+            case End(result, shows):
+                return f'done "{result}"' + (f", {self.shown[shows]}" if shows else "")
+        raise TypeError(step)
+
+    def _from(self, source: Source) -> str:
+        match source:
+            case By(rule):
+                return f"by {self.shown[rule]}"
+            case Asked():
+                return "as asked"
+        return f"from {self.shown[source.path]}"
+
+    def _condition(self, when: Condition) -> str:
+        match when:
+            case Over(path, rule):
+                return f"{self.shown[path]} over {self.shown[rule]}"
+            case Is(path, word, rule):
+                return f"{self.shown[path]} is " + (self.shown[rule] if rule else f'"{word}"')
+        return f'{self.shown[when.rule]} is "{when.word}"'
+
+    @cached_property
+    def manual(self) -> str:
+        """Every procedure, a step a line."""
+        lines: list[str] = []
+        for name, procedure in self.procedures.items():
+            head = f"{self.shown[name]}: {self.kinds[name].gloss}" if name else "at first, once"
+            if procedure.steps:
+                lines.append(f"{procedure.letter} {head}")
+            lines += [
+                f"{procedure.mark(place)} {self.text(step, procedure)}" for place, step in enumerate(procedure.steps)
+            ]
+        return "\n".join(lines)
+
+
+def rules_of(step: Step) -> Iterator[str]:
+    """The rules that a step asks for."""
+    if isinstance(step, (Stop, Jump)) and (rule := getattr(step.when, "rule", "")):
+        yield rule
+    if isinstance(step, Do):
+        yield from (source.rule for source in step.arguments.values() if isinstance(source, By))
+
+
+def _resolved(letter: str, steps: Sequence[Step]) -> Procedure:
+    places: dict[str, int] = {}
+    kept: list[Step] = []
+    for step in steps:
+        if isinstance(step, str):
+            places[step] = len(kept)
+        else:
+            kept.append(step)
+    return Procedure(letter, tuple(kept), places)
+
+
+def draw(family: Family, seed: int) -> World:
+    """The world of a family and a seed; always the same."""
+    return _Draw(family, seed).world()
+
+
+class _Draw:
+    def __init__(self, family: Family, seed: int) -> None:
+        self.family, self.seed = family, seed
+        self.rng = random.Random(f"{family.name}/{seed}")
+        self.shown: dict[str, str] = {}
+        self.taken: set[str] = set()
+        self.invented = self.rng.random() < INVENTED
+
+    def name(self, at: str, alternatives: str, spell: str = "{}") -> None:
+        """Call what is at a key by one of its names, no two alike."""
+        picks = self.rng.sample(alternatives.split("|"), alternatives.count("|") + 1)
+        names = [spell.format(name) for name in picks]
+        if self.invented and " " not in names[0]:
+            names = [spell.format(made_up(self.rng, self.taken))]
+        name = next((name for name in names if name not in self.taken), "")
+        while not name or name in self.taken:
+            name = spell.format(made_up(self.rng))
+        self.taken.add(name)
+        self.shown[at] = name
+
+    def world(self) -> World:
+        family, rng = self.family, self.rng
+        kinds = {key(name): kind for name, kind in family.kinds.items()}
+        kept = rng.sample(list(kinds), min(len(kinds), rng.randint(min(4, len(kinds)), MOST_KINDS)))
+        records = {key(name): _keyed(record) for name, record in family.records.items()}
+        rules = {key(name): rule for name, rule in family.rules.items()}
+        for name in family.records:
+            self.name(key(name), name)
+        for name, kind in family.kinds.items():
+            self.shown[key(name)] = pick(name, rng)
+            assert kind.about in records, (family.name, name)
+        for name in family.rules:
+            self.name(key(name), name)
+        self.name_fields()
+        self.name_tools()
+        actions = {
+            key(name): Action(action.on, _by_key(action.arguments), action.sets, _by_key(action.gives))
+            for name, action in family.actions.items()
+        }
+        letters = dict(zip(records, rng.sample("ABCDEFGHJKLMNPRSTUVWXYZ", len(records)), strict=True))
+        words = {name: self.words(rule) for name, rule in rules.items() if isinstance(rule, Choice) and rule.options}
+        return World(
+            family=family,
+            seed=self.seed,
+            kinds={name: kinds[name] for name in kept},
+            shown=self.shown,
+            letters=letters,
+            words=words,
+            extra=tuple(name for name in actions if rng.random() < 0.3),
+            records=records,
+            rules=rules,
+            actions=actions,
+        )
+
+    def words(self, rule: Choice) -> tuple[str, ...]:
+        options = rule.options.split("|")
+        said = any(isinstance(step, (Stop, Jump)) and isinstance(step.when, Says) for step in self.steps())
+        if self.invented and not said:
+            return tuple(made_up(self.rng, self.taken) for _ in options)
+        return tuple(options)
+
+    def steps(self) -> Iterator[Step]:
+        yield from self.family.opening
+        for kind in self.family.kinds.values():
+            yield from kind.steps
+
+    def name_fields(self) -> None:
+        for alternatives, record in self.family.records.items():
+            owner = key(alternatives)
+            shape = self.rng.choice(("{}_id", "{}_number", "{}_ref", "{}_code"))
+            self.name(f"{owner}.id", self.shown[owner].replace(" ", "_"), shape)
+            for field_name, values in record.fields.items():
+                at = f"{owner}.{key(field_name)}"
+                if isinstance(values, Ref):
+                    continue
+                self.name(at, field_name)
+        for alternatives, record in self.family.records.items():
+            for field_name, values in record.fields.items():
+                if isinstance(values, Ref):  # called as the identifier that it is
+                    self.shown[f"{key(alternatives)}.{key(field_name)}"] = self.shown[f"{values.record}.id"]
+
+    def name_tools(self) -> None:
+        spell = self.rng.choice((_snake, _camel, _noun_first))
+        verb = pick(READ_VERBS, self.rng)
+        for alternatives in self.family.records:
+            owner = key(alternatives)
+            self.shown[f"get {owner}"] = self.unique(spell(verb, self.shown[owner]))
+        for alternatives, action in self.family.actions.items():
+            name = key(alternatives)
+            chosen = made_up(self.rng, self.taken) if self.invented else pick(alternatives, self.rng)
+            self.shown[f"do {name}"] = self.unique(spell(chosen, self.shown[action.on]))
+            for argument in action.arguments:
+                self.shown[f"{name}.{key(argument)}"] = pick(argument, self.rng)
+            for given in action.gives:
+                self.name(f"{name}.{key(given)}", given)
+        self.shown["hand_over"] = self.unique(pick(HAND_OVER, self.rng))
+
+    def unique(self, name: str) -> str:
+        while name in self.taken:
+            name += "_2"
+        self.taken.add(name)
+        return name
+
+
+def _snake(verb: str, noun: str) -> str:
+    return f"{verb}_{noun}".replace(" ", "_")
+
+
+def _camel(verb: str, noun: str) -> str:
+    first, *others = _snake(verb, noun).split("_")
+    return first + "".join(word.capitalize() for word in others)
+
+
+def _noun_first(verb: str, noun: str) -> str:
+    return f"{noun}_{verb}".replace(" ", "_")
+
+
+def _by_key(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {key(name): value for name, value in mapping.items()}
+
+
+def _keyed(record: Record) -> Record:
+    return Record(_by_key(record.fields))

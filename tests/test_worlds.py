@@ -1,0 +1,134 @@
+"""The worlds: every family's teacher reaches its goals, records go either way, and what is held out stays out."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from engrain.policy import ScriptTeacher
+from engrain.rollout import Budget, rollout
+from engrain.trajectory import Message, ToolCall
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from worlds import catalogue  # noqa: E402
+from worlds.clerk import decide, expected  # noqa: E402
+from worlds.spec import Jump, Stop  # noqa: E402
+from worlds.tasks import walk  # noqa: E402
+from worlds.workflow import tenants, workflow  # noqa: E402
+from worlds.world import draw  # noqa: E402
+
+WORLDS = 3
+
+
+def made(name: str, seed: int):
+    world = draw(catalogue.family(name), seed)
+    rules = tenants(world, 0, 3)
+    return world, rules, workflow(world, rules)
+
+
+def test_there_are_sixteen_families_and_four_are_held_out():
+    assert len(catalogue.NAMES) >= 16 and len(catalogue.HELD_OUT) == 4
+    assert set(catalogue.HELD_OUT) <= set(catalogue.NAMES) and not set(catalogue.HELD_OUT) & set(catalogue.TRAINED)
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_the_teacher_reaches_every_goal(name):
+    for seed in range(WORLDS):
+        _, _, flow = made(name, seed)
+        for split in flow.splits:
+            tasks = list(islice(flow.tasks(split, 1), 6))
+            for run in rollout(flow, tasks, ScriptTeacher(flow), parallel=1, budget=Budget(steps=200)):
+                assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_each_step_that_decides_goes_either_way(name):
+    family = catalogue.family(name)
+    ways: dict[tuple[str, int], set[bool]] = {}
+    assert len(family.kinds) >= 7
+    for seed in range(12):
+        world, _, flow = made(name, seed)
+        for task in islice(flow.tasks("train", 2), 40):
+            notes = "\n".join(message.reasoning for message in walk(world, task))
+            for kind, procedure in world.procedures.items():
+                for place, step in enumerate(procedure.steps):
+                    if isinstance(step, (Stop, Jump)):
+                        said = f"{procedure.mark(place)} {world.text(step, procedure)}: "
+                        ends = re.findall(rf"{re.escape(said)}.*; (go on|stop|go to)", notes)
+                        ways.setdefault((kind, place), set()).update(end == "go on" for end in ends)
+    single = [at for at, seen in ways.items() if len(seen) < 2]
+    assert not single, single
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_a_phrase_says_which_procedure_it_needs(name):
+    family = catalogue.family(name)
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"[a-z]{4,}", text.lower()))
+
+    for one, kind in family.kinds.items():
+        others = [kind for other, kind in family.kinds.items() if other != one]
+        foreign = set[str]().union(*(words(f"{k.gloss} {' '.join(k.phrases)}") for k in others))
+        for phrase in kind.phrases:
+            fixed = words(re.sub(r"\[[^\]]*\]|{\w+}", " ", phrase))
+            options = [words(option) for option in re.findall(r"\[([^\]]*)\]", phrase)]
+            own = words(kind.gloss) - foreign
+            assert own & fixed or any(own & option for option in options), (one, phrase)
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_worlds_of_a_family_differ_and_come_back(name):
+    shown = [tuple(sorted(tool.name for tool in made(name, seed)[0].tools.values())) for seed in range(8)]
+    assert len(set(shown)) == 8 and all(5 <= len(tools) <= 20 for tools in shown)
+    first, again = made(name, 3), made(name, 3)
+    assert first[2].system(next(iter(first[1])), "full") == again[2].system(next(iter(again[1])), "full")
+    assert next(first[2].tasks("train", 1)) == next(again[2].tasks("train", 1))
+
+
+def test_a_walk_is_what_a_rollout_records():
+    world, _, flow = made("returns", 1)
+    tasks = list(islice(flow.tasks("faults", 1), 8))
+    for task, run in zip(tasks, rollout(flow, tasks, ScriptTeacher(flow), parallel=1), strict=True):
+        recorded, walked = (
+            [(m.role, m.reasoning, m.content, m.error, [call.arguments for call in m.tool_calls]) for m in messages]
+            for messages in (run.messages[2:], walk(world, task))
+        )
+        assert recorded == walked
+
+
+def test_an_edited_rule_changes_what_is_right():
+    changed = 0
+    for seed in range(4):
+        world, _, flow = made("returns", seed)
+        for task in islice(flow.tasks("train", 5), 30):
+            rules = {**task.goal["rules"], "return window": {"else": 0, "food": 0}}
+            edited = task.model_copy(update={"goal": {**task.goal, "rules": rules}})
+            changed += expected(world, task) != expected(world, edited)
+    assert changed > 5
+
+
+def test_the_teacher_goes_on_from_a_call_that_it_would_not_have_made():
+    world, _, flow = made("returns", 0)
+    task = next(flow.tasks("train", 1))
+    wrong = Message(role="assistant", tool_calls=[ToolCall(id="x", name="nothing", arguments="{}")])
+    seen = Message(role="tool", content="no such tool", tool_call_id="x", name="nothing", error="unknown_tool")
+    start = Message(role="user", content=task.request)
+    first, after = decide(world, task, [start]), decide(world, task, [start, wrong, seen])
+    assert [call.name for call in after.tool_calls] == [call.name for call in first.tool_calls]
+
+
+def test_faults_of_every_recovery_occur():
+    seen = Counter[str]()
+    for seed in range(4):
+        _, _, flow = made("returns", seed)
+        for task in islice(flow.tasks("faults", 1), 30):
+            seen.update(fault.recovery for fault in task.faults)
+    assert set(seen) == {"normal", "ignorable", "fatal"}
