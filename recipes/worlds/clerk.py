@@ -115,7 +115,9 @@ class Clerk:
         procedure = world.procedures[kind]
         main = world.kinds[kind].about if kind else world.family.requester
         names = {world.family.requester: self.task.goal["requester"], main: about}
-        needs = [path for step in procedure.steps for path in world.needs(step)]
+        # what the opening reads of the requester serves every item
+        serving = [procedure] if kind else world.procedures.values()
+        needs = [path for served in serving for step in served.steps for path in world.needs(step)]
         place = 0
         while place < len(procedure.steps):
             step = procedure.steps[place]

@@ -46,7 +46,7 @@ class Store:
 def run(tool: str) -> Callable[..., dict[str, Any]]:
     """The function of a tool: the state first, then its arguments."""
 
-    def call(store: Store, **arguments: Any) -> dict[str, Any]:
+    def call(store: Store, /, **arguments: Any) -> dict[str, Any]:
         return store.do(tool, arguments)
 
     return call

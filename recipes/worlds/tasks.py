@@ -39,7 +39,7 @@ CLOSINGS = ("", "", " Thank you.", " Thanks.", " Please be quick.")
 NUMBER_WORDINGS = (
     "The {name} is {value}.",
     "{name}: {value}.",
-    "Keep to a {name} of {value}.",
+    "Keep to this {name}: {value}.",
     "Our {name} is {value}.",
 )
 WORD_WORDINGS = ("The {name} is {value}.", "{name}: {value}.", "Take {value} as {name}.", "Our {name} is {value}.")

@@ -1,7 +1,7 @@
 """Trajectories of many worlds: what a base is trained on.
 
-The context in the prompt is full (procedures, rules, tool schemas), in part (procedures and rules) or none; worlds whose
-context is left out come back, so that they can be learnt by heart.
+The context in the prompt is full (procedures, rules, tool schemas), in part (procedures and rules) or none; worlds
+whose context is left out come back, so that they can be learnt by heart.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ other, and compare numbers digit by digit. Answer with a line an item: its mark 
 PHASES = {
     "plan": "name the procedure of each item, and begin.",
     "execute": "take the next step of the item at hand, or answer when all are done.",
-    "validate": "read again what was changed.",
+    "validate": "read again what was changed, where the procedure says so, or take its next step.",
     "recover": "a call failed. Repeat it up to two times after a timeout, 429 or 500, or when a field is missing. If "
     "it still fails, ignore it if it only checks, otherwise hand the item over and go on with the next. A missing "
     "record ends the item as not found. A field with a new version in its name means the same.",
@@ -47,7 +47,7 @@ def workflow(world: World, rules: Mapping[str, Rules]) -> Workflow:
     every = tuple(tool.name for tool in world.tools.values())
     reads = tuple(world.tools[name].name for name in world.records)
     acts = {world.tools[name].name for name in world.used_actions}
-    allowed = {"plan": reads, "validate": reads}
+    allowed = {"plan": reads}
 
     def phase_of(messages: Sequence[Message]) -> str:
         last = messages[-1]
@@ -58,7 +58,7 @@ def workflow(world: World, rules: Mapping[str, Rules]) -> Workflow:
     def tasks(split: str, seed: int) -> Iterator[Task]:
         for number in count():
             name = list(rules)[number % len(rules)]
-            task_rng = random.Random(f"{split}/{seed}/{number}")
+            task_rng = random.Random(f"{world.family.name}/{world.seed}/{split}/{seed}/{number}")
             items = {"long40": 9}.get(split) or task_rng.choice((1, 1, 2, 3))
             faults = task_rng.choice((1, 1, 2)) if split == "faults" else 0
             task_name = f"{split}-{seed}-{number}"

@@ -146,8 +146,12 @@ class World:
             case Stop() | Jump():
                 if path := getattr(step.when, "path", ""):
                     yield path
-            case Do(_, arguments):
+            case Do(action, arguments):
                 yield from (source.path for source in arguments.values() if isinstance(source, Of))
+                for name, record in self.records.items():  # whatever may say on which record to act
+                    for at, values in record.fields.items():
+                        if isinstance(values, Ref) and values.record == self.actions[action].on:
+                            yield f"{name}.{at}"
             case End(_, shows) if shows:
                 yield shows
 

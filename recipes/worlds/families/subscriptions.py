@@ -1,0 +1,270 @@
+"""Subscriptions: plan changes, pauses, notice, offers to stay, seats and invoices."""
+
+from worlds.spec import (
+    Action,
+    Asked,
+    By,
+    Check,
+    Choice,
+    Counts,
+    Do,
+    End,
+    Family,
+    Is,
+    Jump,
+    Kind,
+    Limit,
+    Number,
+    Of,
+    Over,
+    Read,
+    Record,
+    Ref,
+    Says,
+    Stop,
+    Word,
+)
+
+TO_TEAM = (
+    Stop("nobody to ask", Says("care team", "none")),
+    Do("transfer", {"team": By("care team")}),
+    End("passed to team"),
+)
+
+FAMILY = Family(
+    name="subscriptions",
+    places="[the accounts team|the member desk] of [a streaming service|a gym chain|a magazine|a software vendor]",
+    requester="member",
+    records={
+        "member|subscriber|holder": Record(
+            {
+                "tenure|months_joined|loyalty_months": Number(1, 72),
+                "arrears|debt|unpaid": Number(0, 30),
+                "segment|audience|client_group": Word("private|student|business"),
+            }
+        ),
+        "subscription|membership|contract": Record(
+            {
+                "member": Ref("member"),
+                "tier|plan|edition": Word("basic|plus|premium|family"),
+                "fee|monthly_fee|rate": Number(5, 90),
+                "days_to_renewal|renewal_days|days_to_term": Number(0, 90),
+                "days_paused|pause_days|frozen_days": Number(0, 100),
+                "status|standing": Word("active|paused|trial|lapsed"),
+                "mode|state": Word("active|paused|trial|lapsed"),
+            }
+        ),
+        "seat|license|slot": Record(
+            {
+                "subscription": Ref("subscription"),
+                "idle_days|unused_days|days_idle": Number(0, 120),
+                "role|permission": Word("viewer|editor|admin|owner"),
+            }
+        ),
+        "invoice|bill|statement": Record(
+            {
+                "subscription": Ref("subscription"),
+                "due|charge|gross": Number(5, 300),
+                "age_days|days_since_billing|bill_age": Number(0, 120),
+                "outcome|payment|settlement": Word("paid|open|failed|disputed"),
+            }
+        ),
+    },
+    rules={
+        "leaving notice|exit notice": Limit(10, 60, 5, by="subscription.tier"),
+        "pause allowance|freeze allowance": Limit(20, 80, 5, rare="member.segment"),
+        "locked tier|fixed tier": Choice(of="subscription.tier"),
+        "live field|field in force": Choice(fields=("subscription.status", "subscription.mode")),
+        "care team|keeping team": Choice("loyalty|success|outreach|premier", by="subscription.tier", missing=0.35),
+        "stay offer|keeping offer": Choice("discount|gift|month"),
+        "price cut|rebate": Limit(5, 40, 5),
+        "loyal mark|long stay": Limit(6, 48, 6),
+        "idle mark|unused mark": Limit(20, 90, 10, by="seat.role"),
+        "claim window|claim period": Limit(14, 90, 7),
+        "repayment cap|repayment ceiling": Limit(40, 240, 20, by="member.segment"),
+        "debt limit|arrears limit": Limit(24, 34, 2),
+    },
+    actions={
+        "change|convert|move": Action("subscription", {"target|new_tier": Word("basic")}, {"status": "changed"}),
+        "pause|freeze|suspend": Action("subscription", {"weeks|duration": Number(1, 99)}, {"status": "paused"}),
+        "resume|restart|reactivate": Action("subscription", sets={"status": "active"}),
+        "cancel|end|terminate": Action("subscription", {"days|run_out": Number(0, 999)}, {"status": "ended"}),
+        "offer|propose|pitch": Action(
+            "subscription",
+            {"form|bonus": Word("gift"), "percent|cut": Number(1, 99)},
+            gives={"reply|response|reaction": Word("accepted|declined|undecided")},
+        ),
+        "transfer|hand_on|delegate": Action("subscription", {"team|desk": Word("loyalty")}),
+        "release|free|withdraw": Action("seat", sets={"role": "unassigned"}),
+        "refund|repay|credit": Action("invoice", {"sum|value": Number(1, 999)}, {"outcome": "refunded"}),
+        "remind|nudge|notify": Action("member", {"text|note": Word("x")}),
+    },
+    kinds={
+        "cancellation|leaving": Kind(
+            "subscriptions to cancel",
+            (
+                "[please|] cancel {id} [for me|right now]",
+                "I [want|would like] to cancel {id}",
+                "cancel {id}, [I never use it|it costs too much]",
+            ),
+            "subscription",
+            (
+                Read("subscription"),
+                Stop("ended before", Counts("live field", "lapsed", likely=0.15)),
+                Jump("notice", Over("member.tenure", "loyal mark", likely=0.5), unless=True),
+                Do("offer", {"form": By("stay offer"), "percent": By("price cut")}),
+                Stop("stays with offer", Is("offer.reply", "accepted", likely=0.35)),
+                "notice",
+                Jump("late", Over("subscription.days_to_renewal", "leaving notice", likely=0.5), unless=True),
+                Do("cancel", {"days": Of("subscription.days_to_renewal")}),
+                Check("subscription"),
+                End("cancelled"),
+                "late",
+                *TO_TEAM,
+            ),
+        ),
+        "freeze|break": Kind(
+            "subscriptions to pause",
+            (
+                "pause {id} for {weeks} weeks [please|]",
+                "[can I|I want to] pause {id}, {weeks} weeks from today",
+                "I [am away|travel], pause {id} for {weeks} weeks",
+            ),
+            "subscription",
+            (
+                Read("subscription"),
+                Stop("not running", Counts("live field", "active", likely=0.75), unless=True),
+                Stop("tier is locked", Is("subscription.tier", rule="locked tier", likely=0.2)),
+                Stop("allowance used up", Over("subscription.days_paused", "pause allowance", likely=0.3)),
+                Do("pause", {"weeks": Asked("weeks")}),
+                Check("subscription"),
+                End("paused"),
+            ),
+            {"weeks": Number(1, 12)},
+        ),
+        "resumption|restart": Kind(
+            "frozen subscriptions to resume",
+            (
+                "resume {id} [for me|from today] [please|]",
+                "I [want|would like] to resume {id}",
+                "[please|] resume {id}, I am back",
+            ),
+            "subscription",
+            (
+                Read("subscription"),
+                Stop("was not paused", Counts("live field", "paused", likely=0.65), unless=True),
+                Do("resume"),
+                Check("subscription"),
+                End("running again"),
+            ),
+        ),
+        "new tier|plan change": Kind(
+            "a switch to another plan",
+            (
+                "[please|] switch {id} to {plan}",
+                "I [want|would like] to switch {id} to {plan}",
+                "can you switch {id} over to {plan} [today|soon|]",
+            ),
+            "subscription",
+            (
+                Read("subscription"),
+                Stop("tier is locked", Is("subscription.tier", rule="locked tier", likely=0.25)),
+                Stop("lapsed already", Counts("live field", "lapsed", likely=0.2)),
+                Jump("late", Over("subscription.days_to_renewal", "leaving notice", likely=0.6), unless=True),
+                Do("change", {"target": Asked("plan")}),
+                Check("subscription"),
+                End("switched"),
+                "late",
+                End("too near renewal", "subscription.days_to_renewal"),
+            ),
+            {"plan": Word("basic|plus|premium|family")},
+        ),
+        "overcharge|payback": Kind(
+            "wrong invoices to refund",
+            (
+                "refund {id}, [it is wrong|I was charged twice]",
+                "[please|] refund {id} [to me|in full]",
+                "I [want|expect] a refund for {id}",
+            ),
+            "invoice",
+            (
+                Read("invoice"),
+                Stop("never paid", Is("invoice.outcome", "paid", likely=0.75), unless=True),
+                Stop("claim too late", Over("invoice.age_days", "claim window", likely=0.25)),
+                Jump("repay", Over("invoice.due", "repayment cap", likely=0.5), unless=True),
+                Read("subscription", by="invoice.subscription"),
+                *TO_TEAM,
+                "repay",
+                Do("refund", {"sum": Of("invoice.due")}),
+                Check("invoice"),
+                End("refunded", "invoice.due"),
+            ),
+        ),
+        "idle seat|unused seat": Kind(
+            "seats to remove",
+            (
+                "[please|] remove {id} [for us|from our list]",
+                "{id} is [not used|empty], remove it",
+                "[can you|I want to] remove {id}, [she|he] left us",
+            ),
+            "seat",
+            (
+                Read("seat"),
+                Stop("owner must stay", Is("seat.role", "owner", likely=0.15)),
+                Stop("still in use", Over("seat.idle_days", "idle mark", likely=0.7), unless=True),
+                Read("subscription", by="seat.subscription"),
+                Stop("tier is locked", Is("subscription.tier", rule="locked tier", likely=0.2)),
+                Do("release"),
+                Check("seat"),
+                End("removed"),
+            ),
+        ),
+        "haggling|lower fee": Kind(
+            "a cheaper fee",
+            (
+                "can {id} be [any|] cheaper",
+                "[please|] make {id} cheaper for me",
+                "I want {id} cheaper [or I leave|from now on]",
+            ),
+            "subscription",
+            (
+                Read("subscription"),
+                Stop("not running", Counts("live field", "active", likely=0.75), unless=True),
+                Stop("fee stays", Over("member.tenure", "loyal mark", likely=0.5), unless=True),
+                Jump("present", Says("stay offer", "gift")),
+                Do("offer", {"form": By("stay offer"), "percent": By("price cut")}),
+                Stop("offer not taken", Is("offer.reply", "accepted", likely=0.6), unless=True),
+                End("made cheaper", "subscription.fee"),
+                "present",
+                *TO_TEAM,
+            ),
+        ),
+        "next term|term date": Kind(
+            "when a subscription renews",
+            ("[tell me|say] when {id} renews", "on [which|what] day {id} renews", "in how many days it renews, {id}"),
+            "subscription",
+            (Read("subscription"), End("days to go", "subscription.days_to_renewal")),
+        ),
+        "open balance|sum to pay": Kind(
+            "what is owed on an invoice",
+            ("how much is owed on {id}", "what is [still|] owed on {id}", "tell me what is owed for {id}"),
+            "invoice",
+            (
+                Read("invoice"),
+                Stop("nothing to pay", Is("invoice.outcome", "paid", likely=0.4)),
+                End("still to pay", "invoice.due"),
+            ),
+        ),
+        "member age|time with us": Kind(
+            "how long the requester has been here",
+            (
+                "how long have I been [with you|a customer]",
+                "[tell me|say] how long I have been here",
+                "for how long have I [paid|been yours]",
+            ),
+            "member",
+            (Read("member"), End("months so far", "member.tenure")),
+        ),
+    },
+    opening=(Read("member"), Stop("arrears to be paid", Over("member.arrears", "debt limit", likely=0.05))),
+)
