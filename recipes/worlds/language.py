@@ -6,7 +6,9 @@ import json
 import random
 import re
 from collections.abc import Collection
+from datetime import date, timedelta
 
+FIRST_DAY = date(2026, 1, 1)
 ONSETS, VOWELS, CODAS = (
     letters.split(",")
     for letters in (
@@ -45,8 +47,17 @@ def quoted(name: str, value: object) -> str:
     return f"{json.dumps(name)}: {json.dumps(value)}"
 
 
-def compared(limit: int, value: int) -> str:
-    """Digit by digit from the left: `30, 25: 3>2` and which number is greater follows from the last pair."""
+def date_of(day: int) -> str:
+    """The date that lies so many days after the first of 2026; dates sort as their texts do."""
+    return (FIRST_DAY + timedelta(day)).isoformat()
+
+
+def day_of(date_text: str) -> int:
+    return (date.fromisoformat(date_text) - FIRST_DAY).days
+
+
+def compared(limit: int | str, value: int | str) -> str:
+    """Digit by digit from the left: `30, 25: 3>2` and which number or date is greater follows from the last pair."""
     ours, theirs = str(limit), str(value)
     if len(ours) != len(theirs):
         seen = "longer" if len(ours) > len(theirs) else "shorter"

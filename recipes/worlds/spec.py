@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Number:
-    """Whole numbers from `low` to `high`."""
+    """Whole numbers from `low` to `high`; with `day`, the dates that lie as many days after the first of 2026."""
 
     low: int
     high: int
+    day: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Limit:
-    """A rule that is a number. With `by`, the path of a word, there is one for each of its options; with `rare`, the
-    path of a word too, one of its options has a number of its own."""
+    """A rule that is a number, or a date with `day`. With `by`, the path of a word, there is one for each of its
+    options; with `rare`, the path of a word too, one of its options has a number of its own."""
 
     low: int
     high: int
     step: int = 1
     by: str = ""
     rare: str = ""
+    day: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ Rule = Limit | Choice
 
 @dataclass(frozen=True)
 class Over:
-    """The number at a path is greater than a rule's."""
+    """The number at a path is greater than a rule's; the date is after it."""
 
     path: str
     rule: str

@@ -18,7 +18,7 @@ from engrain.task import Fault, Task
 from engrain.tool import Observation, failed
 from engrain.trajectory import Message, ToolCall
 from worlds.clerk import ATTEMPTS, decide, mark
-from worlds.language import vary
+from worlds.language import date_of, day_of, vary
 from worlds.spec import Choice, Condition, Counts, Is, Jump, Limit, Number, Over, Ref, Rule, Says, Stop, Word
 from worlds.store import Store
 from worlds.world import World
@@ -53,7 +53,8 @@ def draw_rules(world: World, rng: random.Random) -> dict[str, Any]:
 def _drawn(world: World, name: str, rule: Rule, rng: random.Random) -> Any:
     def one() -> Any:
         if isinstance(rule, Limit):
-            return rng.randrange(rule.low, rule.high + 1, rule.step)
+            number = rng.randrange(rule.low, rule.high + 1, rule.step)
+            return date_of(number) if rule.day else number
         if rule.fields:
             return rng.choice(rule.fields)
         return rng.choice(world.words[name] if rule.options else world.options(rule.of))
@@ -111,8 +112,9 @@ class _Rows:
 
     def any(self, values: Any) -> Any:
         match values:
-            case Number(low, high):
-                return self.rng.randint(low, high)
+            case Number(low, high, day):
+                number = self.rng.randint(low, high)
+                return date_of(number) if day else number
             case Word(options):
                 return self.rng.choice(options.split("|"))
             case Ref(record):
@@ -142,10 +144,12 @@ class _Rows:
         holds = self.rng.random() < when.likely
         if isinstance(when, Over):
             row, at = self.at(when.path, names)
-            limit = self.limit(when.rule, names)
+            said = self.limit(when.rule, names)
+            limit = day_of(said) if isinstance(said, str) else said
             spread = max(3, limit // 4) if self.rng.random() < 0.6 else max(3, limit)
+            value = limit + self.rng.randint(1, spread) if holds else max(0, limit - self.rng.randint(0, spread))
             if row is not None and at not in self.shared(when.path):
-                row[at] = limit + self.rng.randint(1, spread) if holds else max(0, limit - self.rng.randint(0, spread))
+                row[at] = date_of(value) if isinstance(said, str) else value
             return
         path = self.rules[when.rule] if isinstance(when, Counts) else when.path
         wanted = when.word or self.word(when, names)
@@ -171,7 +175,7 @@ class _Rows:
         others = [word for word in self.world.options(path) if word != wanted]
         self.given[f"{path} {names[self.world.actions[action].on]}"] = wanted if holds else self.rng.choice(others)
 
-    def limit(self, name: str, names: Mapping[str, str]) -> int:
+    def limit(self, name: str, names: Mapping[str, str]) -> int | str:
         rule, said = self.world.rules[name], self.rules[name]
         by = rule.by or (rule.rare if isinstance(rule, Limit) else "")
         if not by:

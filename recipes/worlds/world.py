@@ -185,7 +185,8 @@ class World:
     def _condition(self, when: Condition) -> str:
         match when:
             case Over(path, rule):
-                return f"{self.shown[path]} over {self.shown[rule]}"
+                word = "after" if getattr(self.rules[rule], "day", False) else "over"
+                return f"{self.shown[path]} {word} {self.shown[rule]}"
             case Is(path, word, rule):
                 return f"{self.shown[path]} is " + (self.shown[rule] if rule else f'"{word}"')
         return f'{self.shown[when.rule]} is "{when.word}"'
@@ -268,24 +269,26 @@ class _Draw:
             for name, action in family.actions.items()
         }
         letters = dict(zip(records, rng.sample("ABCDEFGHJKLMNPRSTUVWXYZ", len(records)), strict=True))
-        words = {name: self.words(rule) for name, rule in rules.items() if isinstance(rule, Choice) and rule.options}
+        choices = {name: rule for name, rule in rules.items() if isinstance(rule, Choice) and rule.options}
         return World(
             family=family,
             seed=self.seed,
             kinds={name: kinds[name] for name in kept},
             shown=self.shown,
             letters=letters,
-            words=words,
+            words={name: self.words(name, rule) for name, rule in choices.items()},
             extra=tuple(name for name in actions if rng.random() < 0.3),
             records=records,
             rules=rules,
             actions=actions,
         )
 
-    def words(self, rule: Choice) -> tuple[str, ...]:
+    def words(self, name: str, rule: Choice) -> tuple[str, ...]:
+        """Invented ones too, but for the words that a step names."""
         options = rule.options.split("|")
-        said = any(isinstance(step, (Stop, Jump)) and isinstance(step.when, Says) for step in self.steps())
-        if self.invented and not said:
+        conditions = [step.when for step in self.steps() if isinstance(step, (Stop, Jump))]
+        named = {when.rule for when in conditions if isinstance(when, Says)}
+        if self.invented and name not in named:
             return tuple(made_up(self.rng, self.taken) for _ in options)
         return tuple(options)
 

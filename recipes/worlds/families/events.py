@@ -44,6 +44,7 @@ FAMILY = Family(
                 "party|headcount|heads": Number(20, 400),
                 "days_ahead|lead_days|days_to_event": Number(0, 120),
                 "advance|deposit_paid|paid_ahead": Number(0, 1200),
+                "event_date|held_on|day_of_event": Number(20, 330, day=True),
                 "occasion|event_type|format": Word("wedding|concert|seminar|banquet|market"),
                 "youngest|lowest_age|min_age": Number(0, 30),
                 "status|state": Word("held|confirmed|waiting|cancelled"),
@@ -76,6 +77,7 @@ FAMILY = Family(
         "deposit|security": Limit(100, 900, 50, by="booking.occasion"),
         "deposit method|security method": Choice("card|transfer|waived"),
         "entry age|age limit": Limit(6, 21),
+        "season end|closing day": Limit(120, 300, day=True),
         "trusted sector|favored sector": Choice(of="guest.sector"),
         "duty officer|officer in charge": Choice("captain|manager|director|warden"),
         "kitchen notice|kitchen lead": Limit(4, 14),
@@ -110,6 +112,7 @@ FAMILY = Family(
             (
                 Read("booking"),
                 Stop("refused, barred occasion", Is("booking.occasion", rule="barred occasion", likely=0.15)),
+                Stop("after the season", Over("booking.event_date", "season end", likely=0.2)),
                 Read("hall", by="booking.hall"),
                 Stop("hall not ready", Is("hall.readiness", "ready", likely=0.8), unless=True),
                 Jump("fits", Over("booking.party", "crowd limit", likely=0.35), unless=True),

@@ -54,6 +54,7 @@ FAMILY = Family(
                 "employee": Ref("employee"),
                 "rota": Ref("rota"),
                 "days|length|duration": Number(1, 25),
+                "first_day|starts_on|begins_on": Number(20, 350, day=True),
                 "notice_days|days_ahead|lead_days": Number(0, 60),
                 "season|quarter": Word("winter|spring|summer|autumn"),
                 "reason|purpose": Word("study|care|moving|wedding|travel"),
@@ -83,6 +84,7 @@ FAMILY = Family(
         "blocked season|closed season": Choice(of="leave.season"),
         "least notice|notice needed": Limit(5, 40, by="employee.contract"),
         "free days|days without approval": Limit(4, 12),
+        "planning horizon|last bookable day": Limit(90, 320, by="employee.grade", day=True),
         "approver|line manager": Choice("manager|director|supervisor|chair"),
         "break reason|accepted reason": Choice(of="leave.reason"),
         "barred expense|excluded expense": Choice(of="expense.category"),
@@ -146,6 +148,7 @@ FAMILY = Family(
             (
                 Read("leave"),
                 Stop("refused, on probation", Is("employee.probation", "running", likely=0.3)),
+                Stop("too far ahead", Over("leave.first_day", "planning horizon", likely=0.25)),
                 Stop("refused, wrong reason", Is("leave.reason", rule="break reason", likely=0.7), unless=True),
                 Read("rota", by="leave.rota"),
                 Jump("ask", Is("rota.cover", "full", likely=0.6)),

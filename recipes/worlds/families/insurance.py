@@ -50,6 +50,7 @@ FAMILY = Family(
                 "product|line": Word("home|motor|travel|business|boat"),
                 "premium|yearly_price|rate": Number(80, 900),
                 "months_held|age_months": Number(0, 60),
+                "ends_on|expiry_date": Number(10, 350, day=True),
                 "policy_state|validity": Word("active|paused|lapsed"),
             }
         ),
@@ -85,6 +86,7 @@ FAMILY = Family(
         "status field|deciding field": Choice(fields=("claim.status", "claim.file_state")),
         "claims team|handling team": Choice("north|harbor|express|special", by="policy.product", missing=0.3),
         "waiting months|starting months": Limit(4, 24),
+        "renewal day|tariff day": Limit(60, 320, by="policy.product", day=True),
         "unpaid premium|arrears": Choice("refuse|warn|ignore"),
         "settlement way|compensation": Choice("cash|repair|hybrid"),
         "queue limit|longest queue": Limit(8, 30),
@@ -265,6 +267,7 @@ FAMILY = Family(
                 Read("policy"),
                 Jump("go", Is("holder.standing", "loyal", likely=0.3)),
                 Stop("refused, has lapsed", Is("policy.policy_state", "lapsed", likely=0.3)),
+                Stop("ends too late", Over("policy.ends_on", "renewal day", likely=0.25)),
                 Stop("refused, flood region", Is("holder.district", "coast", likely=0.25)),
                 "go",
                 Do("renew", {"months": Asked("months")}),

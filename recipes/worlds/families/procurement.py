@@ -77,6 +77,7 @@ FAMILY = Family(
                 "condition|term_state|force": Word("active|expired|suspended|draft"),
                 "scope|coverage|reach": Word("local|regional|national"),
                 "drawn|called_off|value_used": Number(500, 9000),
+                "signed_on|signature_date|concluded_on": Number(0, 330, day=True),
             }
         ),
     },
@@ -90,6 +91,7 @@ FAMILY = Family(
         ),
         "binding field|field that binds": Choice(fields=("quote.stage", "quote.status")),
         "pass mark|lowest score": Limit(30, 85, 5),
+        "reform day|new terms day": Limit(60, 300, day=True),
         "order channel|order route": Choice("portal|email|courier|terminal"),
         "renewal mode|renewal policy": Choice("prolong|retender|review"),
         "exit notice|leaving notice": Limit(30, 150, 15, by="contract.scope"),
@@ -240,6 +242,7 @@ FAMILY = Family(
             (
                 Read("contract"),
                 Stop("expired before", Is("contract.condition", "expired", likely=0.2)),
+                Stop("new terms bind", Over("contract.signed_on", "reform day", likely=0.25)),
                 Jump("late", Over("contract.days_left", "exit notice", likely=0.6), unless=True),
                 Do("terminate", {"notice": By("exit notice")}),
                 Check("contract"),

@@ -79,6 +79,7 @@ FAMILY = Family(
                 "traveler": Ref("traveler"),
                 "balance|remaining_value": Number(10, 500),
                 "months_old|voucher_age": Number(0, 36),
+                "issued_on|voucher_date": Number(0, 340, day=True),
                 "origin|issued_for": Word("gift|refund|apology"),
                 "usage|usage_state": Word("unused|partial|spent"),
             }
@@ -94,6 +95,7 @@ FAMILY = Family(
         "partner desk|sister desk": Choice("harbor|terminal|annex|tower", by="journey.operator", missing=0.4),
         "payout ceiling|agent ceiling": Limit(100, 700, 50),
         "seat buffer|seats kept": Limit(4, 12),
+        "scheme change|new scheme day": Limit(60, 320, day=True),
         "waiver level|free level": Choice(of="traveler.membership"),
         "duty officer|second signature": Choice("supervisor|purser|controller|director"),
         "voucher months|voucher life": Limit(6, 24, 3),
@@ -244,6 +246,7 @@ FAMILY = Family(
             (
                 Read("voucher"),
                 Stop("already spent", Is("voucher.usage", "spent", likely=0.2)),
+                Stop("under the new scheme", Over("voucher.issued_on", "scheme change", likely=0.2)),
                 Stop("gifts stay as they are", Is("voucher.origin", "gift", likely=0.25)),
                 Stop("still good", Over("voucher.months_old", "voucher months", likely=0.7), unless=True),
                 Do("prolong", {"months": By("voucher months")}),
