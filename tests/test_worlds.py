@@ -45,7 +45,7 @@ def test_the_teacher_reaches_every_goal(name):
     for seed in range(WORLDS):
         _, _, flow = made(name, seed)
         for split in flow.splits:
-            tasks = list(islice(flow.tasks(split, 1), 6))
+            tasks = list(islice(flow.tasks(split, 1), 1 if split == "long40" else 6))
             for run in rollout(flow, tasks, ScriptTeacher(flow), parallel=1, budget=Budget(steps=200)):
                 assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)
 

@@ -29,9 +29,9 @@ def pick(alternatives: str, rng: random.Random) -> str:
 
 
 def made_up(rng: random.Random, taken: Collection[str] = ()) -> str:
-    """A word of two or three syllables that is not `taken`."""
+    """A word of two syllables that is not `taken`."""
     while True:
-        syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.choice((2, 2, 3))))
+        syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(2))
         if (word := "".join(syllables)) not in taken:
             return word
 

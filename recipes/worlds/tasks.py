@@ -236,6 +236,29 @@ def make_task(
     return add_faults(world, task, faults, rng) if faults else task
 
 
+def long_task(
+    world: World,
+    tenant: str,
+    rules: Rules,
+    rng: random.Random,
+    calls: int,
+    *,
+    name: str,
+    split: str = "train",
+    seed: int = 0,
+    faults: int = 0,
+) -> Task:
+    """A task for which the teacher makes at least `calls` calls."""
+    count = calls // 2
+    while count <= 2 * calls:
+        task = make_task(world, tenant, rules, rng, count, name=name, split=split, seed=seed)
+        missing = calls - sum(len(turn.tool_calls) for turn in walk(world, task))
+        if missing <= 0:
+            return add_faults(world, task, faults, rng) if faults else task
+        count += max(1, missing // 3)
+    raise ValueError(f"{world.family.name} {world.seed}: no task of {calls} calls in {2 * calls} items")
+
+
 def _asked(values: Any, rng: random.Random) -> Any:
     match values:
         case Number(low, high):

@@ -16,7 +16,7 @@ from engrain.workflow import Workflow
 from worlds.catalogue import TRAINED, family
 from worlds.tasks import make_task, walk
 from worlds.workflow import tenants, workflow
-from worlds.world import draw
+from worlds.world import KINDS, draw
 
 HOME = 10**9
 """Seeds from here on are of the worlds that come back."""
@@ -30,9 +30,13 @@ class Depths:
     part: float = 0.4
     home: int = 24
     """How many worlds come back."""
+    small: float = 0.0
+    """Share of worlds with 2 or 3 kinds of request: less to read before each turn."""
     faults: float = 0.2
     many: float = 0.15
     """Share of tasks with 4 to 9 items."""
+    long: float = 0.0
+    """Share of tasks with 10 to 24."""
     per_world: int = 6
 
 
@@ -45,15 +49,18 @@ def trajectories(
     while made < count:
         depth = rng.choices(("full", "part", "none"), (depths.full, depths.part, 1 - depths.full - depths.part))[0]
         number = HOME + rng.randrange(depths.home) if depth == "none" else seed * 1_000_000 + made
-        world = draw(family(families[number % len(families)] if depth == "none" else rng.choice(families)), number)
+        name = families[number % len(families)] if depth == "none" else rng.choice(families)
+        world = draw(family(name), number, (2, 3) if depth != "none" and rng.random() < depths.small else KINDS)
         rules = tenants(world, 0, 2)
         flow = workflow(world, rules)
         for turn in range(min(depths.per_world, count - made)):
             tenant = list(rules)[turn % len(rules)]
-            items = rng.randint(4, 9) if rng.random() < depths.many else rng.choice((1, 1, 2, 3))
+            few, many, long = rng.choice((1, 1, 2, 3)), rng.randint(4, 9), rng.randint(10, 24)
+            items = rng.choices((few, many, long), (1 - depths.many - depths.long, depths.many, depths.long))[0]
             faults = rng.choice((1, 1, 2)) if rng.random() < depths.faults else 0
-            name = f"world-{seed}-{made}"
-            task = make_task(world, tenant, rules[tenant], rng, items, name=name, seed=seed, faults=faults)
+            task = make_task(
+                world, tenant, rules[tenant], rng, items, name=f"world-{seed}-{made}", seed=seed, faults=faults
+            )
             yield _trajectory(flow, task, depth, list(walk(world, task)))
             made += 1
 

@@ -13,7 +13,7 @@ from engrain.workflow import Phase, Workflow
 from worlds.clerk import check, decide
 from worlds.language import made_up, vary
 from worlds.store import Store
-from worlds.tasks import Rules, draw_rules, make_task, write_rules
+from worlds.tasks import Rules, draw_rules, long_task, make_task, write_rules
 from worlds.world import World
 
 PROCEDURE = """\
@@ -59,9 +59,11 @@ def workflow(world: World, rules: Mapping[str, Rules]) -> Workflow:
         for number in count():
             name = list(rules)[number % len(rules)]
             task_rng = random.Random(f"{world.family.name}/{world.seed}/{split}/{seed}/{number}")
-            items = {"long40": 9}.get(split) or task_rng.choice((1, 1, 2, 3))
-            faults = task_rng.choice((1, 1, 2)) if split == "faults" else 0
             task_name = f"{split}-{seed}-{number}"
+            if split == "long40":
+                yield long_task(world, name, rules[name], task_rng, 40, name=task_name, split=split, seed=seed)
+                continue
+            items, faults = task_rng.choice((1, 1, 2, 3)), task_rng.choice((1, 1, 2)) if split == "faults" else 0
             yield make_task(
                 world, name, rules[name], task_rng, items, name=task_name, split=split, seed=seed, faults=faults
             )

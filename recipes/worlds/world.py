@@ -42,7 +42,8 @@ from worlds.spec import (
 
 READ_VERBS = "get|read|fetch|find|show|look_up|load|open"
 HAND_OVER = "hand_over|open_ticket|call_colleague|escalate_case"
-MOST_KINDS = 9
+KINDS = (4, 9)
+"""How many kinds of request a world has, at least and at most."""
 INVENTED = 0.3
 """Share of worlds whose nouns are made up."""
 
@@ -224,14 +225,14 @@ def _resolved(letter: str, steps: Sequence[Step]) -> Procedure:
     return Procedure(letter, tuple(kept), places)
 
 
-def draw(family: Family, seed: int) -> World:
-    """The world of a family and a seed; always the same."""
-    return _Draw(family, seed).world()
+def draw(family: Family, seed: int, size: tuple[int, int] = KINDS) -> World:
+    """The world of a family, a seed and a range for the number of its kinds; always the same."""
+    return _Draw(family, seed, size).world()
 
 
 class _Draw:
-    def __init__(self, family: Family, seed: int) -> None:
-        self.family, self.seed = family, seed
+    def __init__(self, family: Family, seed: int, size: tuple[int, int]) -> None:
+        self.family, self.seed, self.size = family, seed, size
         self.rng = random.Random(f"{family.name}/{seed}")
         self.shown: dict[str, str] = {}
         self.taken: set[str] = set()
@@ -252,7 +253,7 @@ class _Draw:
     def world(self) -> World:
         family, rng = self.family, self.rng
         kinds = {key(name): kind for name, kind in family.kinds.items()}
-        kept = rng.sample(list(kinds), min(len(kinds), rng.randint(min(4, len(kinds)), MOST_KINDS)))
+        kept = rng.sample(list(kinds), min(len(kinds), rng.randint(*self.size)))
         records = {key(name): _keyed(record) for name, record in family.records.items()}
         rules = {key(name): rule for name, rule in family.rules.items()}
         for name in family.records:
