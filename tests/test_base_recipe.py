@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,75 +22,51 @@ import data  # noqa: E402
 import make  # noqa: E402
 from induction import write_induction_heads  # noqa: E402
 from tokenizer import train_tokenizer  # noqa: E402
+from worlds import catalogue  # noqa: E402
+
+ANNEAL = data.STAGES[-1]
 
 
 @pytest.fixture(scope="module")
 def trajectories():
-    return list(data.trajectories(3, 80))
+    return list(data.rows(ANNEAL, 3, 80))
 
 
-def test_nothing_held_out_is_trained_on(trajectories):
-    requests = sys.modules["engrain_workflow_support_desk.requests"]
-    assert not {trajectory.tenant for trajectory in trajectories} & set(DESK.tenants)
-    openings = [opening.split("{")[0] for opening in requests.OPENINGS_HELD_OUT]
-    for trajectory in trajectories:
-        assert trajectory.outcome.success
-        assert not any(name in message.content for name in DESK.tenants for message in trajectory.messages)
-        assert not any(trajectory.messages[1].content.startswith(opening) for opening in openings)
+def test_nothing_held_out_is_trained_on():
+    for stage in data.STAGES:
+        for one in data.rows(stage, 3, 40):
+            assert one.workflow.rsplit("_", 1)[0] not in (*catalogue.HELD_OUT, DESK.name)
+            assert one.tenant not in DESK.tenants
+            assert not any(f"Rules of {name}" in one.messages[0].content for name in DESK.tenants)
+
+
+def test_the_stages_take_all_tokens_and_the_last_has_the_long_and_faulty_rows():
+    assert sum(stage.share for stage in data.STAGES) == pytest.approx(1)
+    assert max(data.STAGES, key=lambda stage: stage.depths.faults) is ANNEAL
+    assert max(data.STAGES, key=lambda stage: stage.longest) is ANNEAL
+    assert data.STAGES[0].drills > data.STAGES[1].drills
 
 
 def test_contexts_come_in_three_depths_and_the_seed_decides(trajectories):
-    depths = {(t.tools != "[]", "Rules of" in t.messages[0].content) for t in trajectories}
+    runs = [t for t in trajectories if t.teacher == "script"]
+    depths = {(t.tools != "[]", "Rules of" in t.messages[0].content) for t in runs}
     assert depths == {(True, True), (False, True), (False, False)}
-    assert [t.to_json() for t in data.trajectories(3, 5)] != [t.to_json() for t in data.trajectories(4, 5)]
-    again = list(data.trajectories(3, 80))
-    assert [t.messages[1].content for t in again] == [t.messages[1].content for t in trajectories]
-
-
-def test_tenants_come_back_only_where_their_rules_are_not_given():
-    hidden = [t.tenant for t in data.trajectories(5, 40, data.Mix(full=0, rules=0, population=3))]
-    assert len(set(hidden)) == 3
-    given = [t.tenant for t in data.trajectories(5, 40, data.Mix(full=0.2, rules=0.8, population=3))]
-    assert len(set(given)) == 40 and not set(given) & set(hidden)
-
-
-def test_drills_ask_for_what_can_be_read_or_known():
-    rows = list(data.practice(5, 60, english=["One two three.", "Four five."]))
-    assert {row.kind for row in rows} == {"recall", "compare", "find", "repeat"}
-    for row in rows:
-        system, asked, answer = (message.content for message in row.messages)
-        if row.kind == "repeat":
-            assert asked == f"Repeat: {answer}" and "three." in answer
-        elif row.kind == "find":
-            marks, *lines = asked.removeprefix("Find: ").splitlines()
-            found = answer.splitlines()
-            assert [line.split()[0] for line in found] == marks.split(", ") and set(found) <= set(lines)
-        elif row.kind == "compare":
-            pairs = re.findall(r"(\d+), (\d+): [^,]+, (within|over)", answer)
-            assert len(pairs) > 10
-            assert all((int(value) <= int(limit)) == (word == "within") for limit, value, word in pairs)
-        else:
-            name = re.search(r"Tenant: (\w+)\.", system)
-            assert name and name[1] not in DESK.tenants
-            said = dict(line.split(": ", 1) for line in answer.split("; "))
-            assert list(said) == asked.removeprefix("Name: ").split("; ")
-            assert all(rule.endswith(f" of {name[1]}") for rule in said)
-            if "Rules of" in system:
-                words = {value.split(": ")[-1].strip('"') for value in said.values()} - {"none"}
-                assert all(word in system for word in words)
+    again = list(data.rows(ANNEAL, 3, 80))
+    assert [t.messages for t in again] == [t.messages for t in trajectories]
+    assert [t.messages for t in data.rows(ANNEAL, 4, 5)] != [t.messages for t in data.rows(ANNEAL, 3, 5)]
 
 
 def test_a_call_is_few_tokens_and_numbers_are_digits(trajectories):
     tokenizer = train_tokenizer((text for t in trajectories for text in make.texts_of(t)), 1500)
     call = '<tool_call>{"name": "get_order", "arguments": {"order_id": "A4821"}}</tool_call>'
     tokens = [str(tokenizer.decode([token])) for token in tokenizer.encode(call, add_special_tokens=False)]
-    assert "".join(tokens) == call and len(tokens) <= 13
+    assert "".join(tokens) == call and len(tokens) <= 16
     assert tokens[-7:-2] == ["A", "4", "8", "2", "1"]
     text = "Ünïcode, tabs\t and 🙂 survive."
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-OPENING, CLOSING, NEWLINE, FIRST_WORD = 40, 41, 42, 50
+NEWLINE, FIRST_WORD = 42, 50
 
 
 def repeated(rng: random.Random) -> tuple[list[int], list[int]]:
@@ -101,9 +76,11 @@ def repeated(rng: random.Random) -> tuple[list[int], list[int]]:
 
 
 def marked_lines(rng: random.Random) -> tuple[list[int], list[int]]:
-    """Marked lines of one phrase and a code, said again in another order, and the places before their codes."""
+    """Lines of a mark of two tokens, one phrase and a code, said again in another order, and the places before their
+    codes."""
     phrase = rng.choices(range(FIRST_WORD, 300), k=6)
-    lines = [[OPENING, mark, CLOSING, *phrase, *rng.choices(range(10), k=3), NEWLINE] for mark in range(10, 18)]
+    marks = [(letter, digit) for letter in range(10, 13) for digit in range(3)]
+    lines = [[NEWLINE, *mark, *phrase, *rng.choices(range(10), k=3)] for mark in marks]
     again = rng.sample(lines, len(lines))
     ids = [token for line in (*lines, *again) for token in line]
     return ids, [len(lines[0]) * (len(lines) + line) + 8 for line in range(len(lines))]
@@ -137,14 +114,14 @@ def test_the_model_copies_without_training(draw):
     )
     model = LlamaForCausalLM(config)
     assert copied(model, draw) < 0.2
-    write_induction_heads(model, OPENING, torch.Generator().manual_seed(0))
+    write_induction_heads(model, NEWLINE, torch.Generator().manual_seed(0))
     assert copied(model, draw) > 0.7
 
 
 def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "PER_CHUNK", 20)
-    monkeypatch.setattr(make, "TOKENIZER_TRAJECTORIES", 40)
-    make.main(tmp_path / "base", tokens=3000, work=tmp_path / "work", trajectories=20, processes=1, layers=3)
+    monkeypatch.setattr(make, "TOKENIZER_TRAJECTORIES", 60)
+    make.main(tmp_path / "base", tokens=3000, work=tmp_path / "work", processes=1, layers=3)
     base = load_base(tmp_path / "base")
     assert base.tokenizer.chat_template and base.model.config.num_hidden_layers == 3
     card = (tmp_path / "base" / "README.md").read_text()

@@ -1,14 +1,15 @@
 """An initialisation that can copy: layers 0 to 2 start as induction heads (Olsson et al., 2022, arXiv:2209.11895) that
-know in which marked line they are.
+know in which line they are.
 
 Copying identifiers is what a tool user does most, and a small model spends most of a short training on discovering how.
 So it starts from a random model into which a circuit is written; training is free to change all of it.
 
 - Layer 0: each head looks a fixed number of tokens back, by rotary position alone, and writes what it finds there into
   a subspace of its own (`seen[h]`), which the embeddings leave free.
-- Layer 1: one head looks for the last mark, as (c), the token that follows the last opening parenthesis, and writes it
-  into a subspace of its own (`line`). Lists say nearly the same in many lines; without it, copying goes on in another.
-- Layer 2: each head looks for the place whose preceding tokens, and mark for two of them, are the current ones, and
+- Layer 1: two heads look for the first and the second token of the line, such as C and 3 of "C3 go to", and write them
+  into one subspace (`line`), each turned its own way. Prompts say nearly the same in many lines; without it, copying
+  goes on in another.
+- Layer 2: each head looks for the place whose preceding tokens, and line for two of them, are the current ones, and
   copies the token that stands there into the prediction.
 """
 
@@ -29,13 +30,13 @@ SLOW = 12
 RECENT = range(4, 17)
 """Rotary pairs whose sum falls with the logarithm of the distance, over 6 to 1,000 tokens."""
 LOOK_BACK, MATCH, WRITE, COPY = 8.0, 3.0, 0.12, 0.3
-NEARNESS, OPENING, LINE, LINE_MATCH = 50.0, 124.0, 0.3, 0.7
+NEARNESS, NEWLINE, LINE, LINE_MATCH = 50.0, 124.0, 0.3, 0.5
 
 
-def write_induction_heads(model: LlamaForCausalLM, opening: int, generator: torch.Generator) -> None:
+def write_induction_heads(model: LlamaForCausalLM, newline: int, generator: torch.Generator) -> None:
     """Overwrite the attention of layers 0 to 2 in place. Needs three or more heads of 64 or more dimensions.
 
-    `opening` is the token before a mark.
+    `newline` is the token before a line.
     """
     config = model.config
     width = config.hidden_size
@@ -65,20 +66,21 @@ def write_induction_heads(model: LlamaForCausalLM, opening: int, generator: torc
             queries, keys = (LOOK_BACK / each * torch.outer(side, constant) for side in (back, here))
             _write(layers[0], head, queries, keys, known, WRITE * seen[head])
 
-        near = torch.zeros(d_head, width)
-        near[list(RECENT)] = constant / each
-        after_opening = torch.zeros(d_head, width)
         slots = _slow_dimensions(d_head)
-        after_opening[slots[-1]] = normalize(embeddings[opening] @ known.T, dim=0) @ seen[0]
-        asked = torch.zeros(d_head, width)
+        near, asked = torch.zeros(2, d_head, width)
+        near[list(RECENT)] = constant / each
         asked[slots[-1]] = constant / each
-        _write(layers[1], 0, NEARNESS * near + OPENING * asked, near + after_opening, known, LINE * line)
+        for head in range(2):
+            after_newline = torch.zeros(d_head, width)
+            after_newline[slots[-1]] = normalize(embeddings[newline] @ known.T, dim=0) @ seen[head]
+            turned = torch.linalg.qr(torch.randn(CONTENT, CONTENT, generator=generator)).Q @ line
+            _write(layers[1], head, NEARNESS * near + NEWLINE * asked, near + after_newline, known, LINE * turned)
 
         tokens, before = (known, *seen[:2]), seen
-        for head, (length, marked) in enumerate(((3, True), (2, True), (3, False))):
-            share = min(CONTENT, len(slots) // (length + marked))
-            now = [part[:share] for part in tokens[:length]] + [LINE_MATCH * line[:share]] * marked
-            then = [part[:share] for part in before[:length]] + [LINE_MATCH * line[:share]] * marked
+        for head, (length, lined) in enumerate(((3, True), (2, True), (3, False))):
+            share = min(CONTENT, len(slots) // (length + lined))
+            now = [part[:share] for part in tokens[:length]] + [LINE_MATCH * line[:share]] * lined
+            then = [part[:share] for part in before[:length]] + [LINE_MATCH * line[:share]] * lined
             copied = words[torch.randperm(len(words), generator=generator)[:d_head]]
             queries, keys = (_place(MATCH * torch.cat(parts), slots, d_head) for parts in (now, then))
             _write(layers[2], head, queries, keys, copied, COPY * copied)

@@ -1,60 +1,55 @@
 """Make the bundled base from nothing: `python recipes/base/make.py -o src/engrain/base`.
 
-Data -> tokenizer -> rows -> one pretraining run through `engrain.train` -> bf16 safetensors and a card. Every stage
+Data -> tokenizer -> for each stage, rows and a run through `engrain.train` -> bf16 safetensors and a card. Every part
 leaves its result in the work directory and is skipped when it is there, and training resumes from its checkpoint, so
 the same command continues after an interruption. One main dial: `--tokens`.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from data import Mix, rows
+from data import STAGES, Stage, english_texts, rows
 from induction import write_induction_heads
 from safetensors.numpy import load_file, save_file
 from tokenizer import train_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from engrain.files import replacing, replacing_directory
-from engrain.model import Base, save_base
+from engrain.model import Base, load_base, save_base
 from engrain.renderer import Renderer, Row
-from engrain.train import TrainConfig, TrainResult, train
+from engrain.train import TrainConfig, train
 from engrain.trajectory import Trajectory
 
-MAX_TOKENS = 4096
+MAX_TOKENS = 16_384
 PER_CHUNK = 500
-TOKENIZER_TRAJECTORIES = 1500
+TOKENIZER_TRAJECTORIES = 3000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the base."""
+    """All that decides the base, with the stages of `data.py`."""
 
     tokens: int
     """The dial: tokens to train on."""
-    trajectories: int = 31_000
-    """How many are generated; enough for each row to be met at most once at the default dial."""
     seed: int = 0
     vocabulary: int = 4096
     width: int = 192
     layers: int = 6
     lr: float = 1.5e-3
-    batch_tokens: int = 6144
     initializer_range: float = 0.04
-    min_trained: float = 0.15
+    min_trained: float = 0.1
     """Rows with a smaller share of trained tokens are left out: long prompts before few turns teach little."""
-    mix: Mix = field(default_factory=Mix)
 
     def config(self, vocabulary: int, pad: int, stop: int) -> LlamaConfig:
         return LlamaConfig(
@@ -93,13 +88,8 @@ class Rows(Sequence[Row]):
         return Row(self.ids[span].tolist(), self.mask[span].tolist())
 
 
-def tokenizer_texts(count: int, seed: int) -> Iterator[str]:
-    """What the tokenizer learns from: our format, and nothing of the held-out parts."""
-    for trajectory in rows(seed, count):
-        yield from texts_of(trajectory)
-
-
 def texts_of(trajectory: Trajectory) -> Iterator[str]:
+    """What the tokenizer learns from: our format."""
     for message in trajectory.messages:
         yield f"<|im_start|>{message.role}\n{message.content}"
         yield message.reasoning
@@ -109,57 +99,47 @@ def texts_of(trajectory: Trajectory) -> Iterator[str]:
         yield trajectory.tools
 
 
-@cache
-def english_texts(folder: Path | None) -> list[str]:
-    """Utterances of STAR (MIT) and Taskmaster-4 (CC BY 4.0), so that there are English words; none without a folder."""
-    return [] if folder is None else list(_utterances(folder))
+def make_tokenizer(work: Path, recipe: Recipe, english: Path | None) -> PreTrainedTokenizerBase:
+    folder = work / "tokenizer"
+    if not folder.exists():
+        seed = recipe.seed * 100_000
+        texts = [
+            text for stage in STAGES for one in rows(stage, seed, TOKENIZER_TRAJECTORIES // 3) for text in texts_of(one)
+        ]
+        with replacing_directory(folder) as aside:
+            train_tokenizer(texts + english_texts(english), recipe.vocabulary).save_pretrained(aside)
+    return AutoTokenizer.from_pretrained(folder)
 
 
-def _utterances(folder: Path) -> Iterator[str]:
-    for name in ("star", "taskmaster4"):
-        with gzip.open(folder / name / "dialogues.jsonl.gz", "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield from _strings(json.loads(line))
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        if " " in value:
-            yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key.lower() in ("text", "utterance") or isinstance(item, (dict, list)):
-                yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _render(work: Path, seed: int, recipe: Recipe, english: Path | None) -> dict[str, np.ndarray]:
+def _render(work: Path, seed: int, stage: Stage, least: float, english: Path | None) -> dict[str, np.ndarray]:
     renderer = Renderer(AutoTokenizer.from_pretrained(work / "tokenizer"))
     ids: list[int] = []
     mask: list[bool] = []
     starts = [0]
-    for trajectory in rows(seed, PER_CHUNK, recipe.mix, english_texts(english)):
+    for trajectory in rows(stage, seed, PER_CHUNK, english_texts(english)):
         for row in renderer.rows(trajectory):
-            if len(row.ids) <= MAX_TOKENS and sum(row.mask) >= recipe.min_trained * len(row.ids):
+            if len(row.ids) <= stage.longest and sum(row.mask) >= least * len(row.ids):
                 ids += row.ids
                 mask += row.mask
                 starts.append(len(ids))
     return {"ids": np.array(ids, np.uint16), "mask": np.array(mask, np.bool_), "starts": np.array(starts, np.int64)}
 
 
-def make_rows(work: Path, recipe: Recipe, processes: int, english: Path | None = None) -> Rows:
-    """Chunks of trajectories, by seed, until there are tokens enough."""
-    file = work / "rows.safetensors"
+def make_rows(work: Path, recipe: Recipe, number: int, processes: int, english: Path | None = None) -> Rows:
+    """Of one stage: chunks of trajectories, by seed, until there are tokens enough to meet each row at most once."""
+    stage = STAGES[number]
+    file, needed = work / f"{stage.name}.safetensors", recipe.tokens * stage.share
     if not file.exists():
         chunks: list[dict[str, np.ndarray]] = []
-        first = recipe.seed * 100_000 + 1
-        seeds = range(first, first + recipe.trajectories // PER_CHUNK)
+        seeds = count(recipe.seed * 100_000 + number * 10_000 + 1)
         with ProcessPoolExecutor(processes) as pool:
-            for chunk in pool.map(_render, [work] * len(seeds), seeds, [recipe] * len(seeds), [english] * len(seeds)):
-                chunks.append(chunk)
-                typer.echo(f"{len(chunks)} of {len(seeds)} chunks of trajectories", err=True)
+            while (made := sum(len(chunk["ids"]) for chunk in chunks)) < needed:
+                typer.echo(f"{stage.name}: {made / needed:.0%} of the rows", err=True)
+                waiting = [
+                    pool.submit(_render, work, next(seeds), stage, recipe.min_trained, english)
+                    for _ in range(4 * processes)
+                ]
+                chunks += [done.result() for done in waiting]
         offsets = np.cumsum([0] + [len(chunk["ids"]) for chunk in chunks])
         starts = [chunk["starts"][:-1] + offset for chunk, offset in zip(chunks, offsets[:-1], strict=True)]
         save_file(
@@ -175,31 +155,46 @@ def make_rows(work: Path, recipe: Recipe, processes: int, english: Path | None =
     return Rows(arrays["ids"], arrays["mask"], arrays["starts"])
 
 
-def make_tokenizer(work: Path, recipe: Recipe, english: Path | None) -> PreTrainedTokenizerBase:
-    folder = work / "tokenizer"
-    if not folder.exists():
-        texts = list(tokenizer_texts(TOKENIZER_TRAJECTORIES, seed=recipe.seed * 100_000))
-        texts += english_texts(english)
-        with replacing_directory(folder) as aside:
-            train_tokenizer(texts, recipe.vocabulary).save_pretrained(aside)
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaForCausalLM:
     torch.manual_seed(recipe.seed)
     assert isinstance(tokenizer.pad_token_id, int) and isinstance(tokenizer.eos_token_id, int)
     config = recipe.config(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config)
-    opening = tokenizer.convert_tokens_to_ids("(")
-    assert isinstance(opening, int)
-    write_induction_heads(model, opening, torch.Generator().manual_seed(recipe.seed))
+    (newline,) = tokenizer.encode("\n", add_special_tokens=False)
+    write_induction_heads(model, newline, torch.Generator().manual_seed(recipe.seed))
     return model
 
 
-def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, english: bool) -> str:
+def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: int, english: Path | None) -> Base:
+    """The base after one stage, in fp32, with `result.json` beside it."""
+    stage, folder = STAGES[number], work / f"{STAGES[number].name}.base"
+    if not folder.exists():
+        kept = make_rows(work, recipe, number, processes, english)
+        config = TrainConfig(
+            tokens=round(recipe.tokens * stage.share),
+            batch_tokens=stage.batch_tokens,
+            accumulate=1,
+            lr=recipe.lr * stage.lr,
+            final=stage.final,
+            seed=recipe.seed,
+            threads=2,
+        )
+        result = train(base, None, kept, config, work / stage.name)
+        counts = {"rows": len(kept), "generated": len(kept.ids), "trained": int(kept.mask.sum())}
+        with replacing(work / stage.name / "result.json") as file:
+            json.dump(asdict(result) | counts, file)
+        save_base(base, folder)
+    return load_base(folder)
+
+
+def card(recipe: Recipe, work: Path, parameters: int, english: bool) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
-    flag = " --english ../shared/data" if english else ""
+    stages = ""
+    for stage in STAGES:
+        one = json.loads((work / stage.name / "result.json").read_text())
+        counts = " | ".join(f"{one[name]:,}" for name in ("rows", "generated", "trained", "tokens", "steps"))
+        stages += f"| {stage.name} | {counts} | {one['loss']:.4f} | {one['seconds'] / 60:.0f} |\n"
     words = (
         "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances, for the tokenizer and to be repeated in drills"
         if english
@@ -210,58 +205,55 @@ def card(recipe: Recipe, result: TrainResult, rows: Rows, parameters: int, engli
 license: apache-2.0
 pipeline_tag: text-generation
 ---
-# The bundled base, first version
+# The bundled base
 
-A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on trajectories
-of the support desk (`examples/support_desk`) for tenants invented at random, and on drills (`recipes/base/drills.py`).
-It is a starting point to compile on and to test with, not a general model. Its first three layers start as induction
-heads (`recipes/base/induction.py`), so that it can copy identifiers and marked lines from the first step on.
+A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on drills and on
+trajectories of procedural worlds of workflows (`recipes/worlds`). It reads procedures, rules and tool schemas and
+carries them out; it is a starting point to compile on and to test with, not a general model. Its first three layers
+start as induction heads (`recipes/base/induction.py`), so that it can copy lines and identifiers from the first step.
 
-- Data: {len(rows):,} generated rows, {len(rows.ids):,} tokens, {int(rows.mask.sum()):,} of them with loss. Never the
-  tenants in `examples/support_desk/tenants`, never the held-out request wording.
+- Never seen: the families of workflows named in `recipes/worlds/held_out.txt`, and the support desk.
 - Other text: {words}.
-- Training: {result.steps:,} steps, {result.tokens:,} tokens, final loss {result.loss:.4f} nats a trained token,
-  {result.seconds / 60:.0f} minutes of training on {torch.get_num_threads()} CPU threads, interruptions left out.
-- Again, at commit {commit()}: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}{flag} -o \
-src/engrain/base`
+- {torch.get_num_threads()} CPU threads; minutes leave out interruptions.
+- Again, at commit {commit()}: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}\
+{" --english ../shared/data" if english else ""} -o src/engrain/base`
 
+| stage | rows made | their tokens | with loss | tokens trained on | steps | loss, nats a trained token | minutes |
+|---|---|---|---|---|---|---|---|
+{stages}
 {settings}
 """
 
 
 def commit() -> str:
-    """Of this recipe, and of the workflow whose trajectories it trains on."""
+    """Of this recipe, and of the worlds that it trains on."""
     asked = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True)
     return asked.stdout.decode().strip() or "unknown"
 
 
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the base goes")],
-    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 16_000_000,
+    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 48_000_000,
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
-    trajectories: Annotated[int, typer.Option(help="how many to generate, in chunks of 500")] = 31_000,
     processes: int = 2,
     lr: float = 1.5e-3,
     layers: int = 6,
     width: int = 192,
 ) -> None:
-    recipe = Recipe(tokens, trajectories, seed, lr=lr, layers=layers, width=width)
+    recipe = Recipe(tokens, seed, lr=lr, layers=layers, width=width)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(work, recipe, english)
-    kept = make_rows(work, recipe, processes, english)
     base = Base(initial_model(tokenizer, recipe), tokenizer)
-    config = TrainConfig(
-        tokens=tokens, batch_tokens=recipe.batch_tokens, accumulate=1, lr=recipe.lr, seed=seed, threads=2
-    )
-    result = train(base, None, kept, config, work / "train")
+    for number in range(len(STAGES)):
+        base = train_stage(base, work, recipe, number, processes, english)
     base.model.bfloat16()
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
-        file.write(card(recipe, result, kept, parameters, english is not None))
-    typer.echo(f"{out}: {parameters:,} parameters, loss {result.loss:.4f}")
+        file.write(card(recipe, work, parameters, english is not None))
+    typer.echo(f"{out}: {parameters:,} parameters")
 
 
 if __name__ == "__main__":

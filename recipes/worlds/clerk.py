@@ -37,7 +37,7 @@ from worlds.spec import (
     Stop,
 )
 from worlds.store import Store, written
-from worlds.world import World
+from worlds.world import Procedure, World
 
 ATTEMPTS = 3
 
@@ -143,22 +143,26 @@ class Clerk:
                     shown = ", ".join([*rules, *(quoted(name, value) for name, value in given.items())])
                     self.notes.append(f"{said}: {shown}" if shown else said)
                     self.act(action, names[world.actions[action].on], given, needs)
-                case Stop(result, when, unless):
-                    true, why = self.holds(when)
-                    self.notes.append(f"{said}: {why}; {'stop' if true != unless else 'go on'}")
-                    if true != unless:
-                        raise Ended(result)
-                case Jump(to, when, unless):
-                    true, why = self.holds(when)
-                    target = procedure.places[to]
-                    self.notes.append(
-                        f"{said}: {why}; {f'go to {procedure.mark(target)}' if true != unless else 'go on'}"
-                    )
-                    place = target if true != unless else place
+                case Stop() | Jump():
+                    true, line = self.decided(step, procedure, place - 1)
+                    self.notes.append(line)
+                    if true and isinstance(step, Stop):
+                        raise Ended(step.result)
+                    if true and isinstance(step, Jump):
+                        place = procedure.places[step.to]
                 case End(result, shows):
                     self.notes.append(said)
                     return result + (f", {quoted(world.shown[shows], self.known[shows])}" if shows else "")
         return ""
+
+    def decided(self, step: Stop | Jump, procedure: Procedure, place: int) -> tuple[bool, str]:
+        """Whether to stop or jump, and the note that says why."""
+        true, why = self.holds(step.when)
+        if true == step.unless:
+            then = "go on"
+        else:
+            then = "stop" if isinstance(step, Stop) else f"go to {procedure.mark(procedure.places[step.to])}"
+        return true != step.unless, f"{procedure.mark(place)} {self.world.text(step, procedure)}: {why}; {then}"
 
     def read(self, record: str, name: str, needs: Sequence[str]) -> None:
         shown = self.world.shown

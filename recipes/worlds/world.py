@@ -139,8 +139,8 @@ class World:
     def needs(self, step: Step) -> Iterator[str]:
         """The paths that a step reads."""
         for name in rules_of(step):
-            rule = self.rules[name]
-            yield from filter(None, (rule.by, getattr(rule, "rare", ""), *getattr(rule, "fields", ())))
+            yield from self.decided_by(name)
+            yield from getattr(self.rules[name], "fields", ())
         match step:
             case Read(_, by) if by:
                 yield by
@@ -155,6 +155,10 @@ class World:
                             yield f"{name}.{at}"
             case End(_, shows) if shows:
                 yield shows
+
+    def decided_by(self, rule: str) -> Iterator[str]:
+        """The path of the word on which it depends what a rule says, if any."""
+        yield from filter(None, (self.rules[rule].by, getattr(self.rules[rule], "rare", "")))
 
     def text(self, step: Step, procedure: Procedure) -> str:
         """One step in words, without its mark."""

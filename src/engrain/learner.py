@@ -45,7 +45,9 @@ class TrainConfig:
     """Batches an optimizer step."""
     lr: float = 1e-3
     warmup: float = 0.03
-    """Share of the tokens during which the learning rate rises; then it falls as a cosine to a tenth."""
+    """Share of the tokens during which the learning rate rises; then it falls as a cosine."""
+    final: float = 0.1
+    """What the learning rate falls to, as a share of `lr`."""
     weight_decay: float = 0.1
     """On matrices that are not embeddings; never on norms and biases."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -76,7 +78,8 @@ class TrainConfig:
         done = min(1.0, tokens / self.tokens)
         if done < self.warmup:
             return self.lr * done / self.warmup
-        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup))))
+        fallen = (1 - math.cos(math.pi * (done - self.warmup) / (1 - self.warmup))) / 2
+        return self.lr * (1 - (1 - self.final) * fallen)
 
 
 @dataclass

@@ -1,0 +1,210 @@
+"""Drills: rows that practise one thing many times over.
+
+A trajectory routes a request once, compares two numbers once or twice and looks up a handful of rules, among hundreds
+of tokens that are easy by then. A drill is nothing but that: items routed to their procedures, steps decided, steps and
+rules found by their names, numbers and dates compared, or a text repeated, which meets words of the vocabulary that no
+workflow uses: an embedding that is never trained is lost to every adapter on top.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engrain.errors import ToolFailure
+from engrain.task import Task
+from engrain.trajectory import Message, Trajectory
+from worlds.catalogue import TRAINED, family
+from worlds.clerk import Clerk, mark, plan
+from worlds.language import compared, date_of
+from worlds.spec import Jump, Ref, Stop
+from worlds.store import Store
+from worlds.tasks import Rules, make_task, write_rules
+from worlds.workflow import tenants
+from worlds.world import KINDS, World, draw
+
+COMPARISONS = 12
+WORDS = 60
+
+Drill = tuple[str, str, str]
+"""System prompt, what is asked, the answer."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A world with one tenant."""
+
+    world: World
+    tenant: str
+    said: Rules
+    rng: random.Random
+
+    def task(self, items: int) -> Task:
+        return make_task(self.world, self.tenant, self.said, self.rng, items, name="drill")
+
+    @property
+    def profile(self) -> str:
+        return f"Rules of {self.tenant}:\n" + "\n".join(
+            f"- {one}" for one in write_rules(self.world, self.said, self.rng)
+        )
+
+    @property
+    def heads(self) -> str:
+        """The manual without its steps."""
+        kinds = self.world.kinds.items()
+        return "\n".join(
+            f"{self.world.procedures[kind].letter} {self.world.shown[kind]}: {at.gloss}" for kind, at in kinds
+        )
+
+
+def drills(
+    seed: int, count: int, english: Sequence[str] = (), families: Sequence[str] = TRAINED
+) -> Iterator[Trajectory]:
+    """`count` drills; the same for the same seed."""
+    rng = random.Random(f"drills/{seed}")
+
+    def desk(size: tuple[int, int]) -> Desk:
+        world = draw(family(rng.choice(families)), rng.randrange(10**9), size)
+        ((tenant, said),) = tenants(world, rng.randrange(10**9), 1).items()
+        return Desk(world, tenant, said, rng)
+
+    kinds: dict[str, tuple[int, Callable[[], Drill]]] = {
+        "decide": (4, lambda: decide(desk((1, 4)))),
+        "route": (3, lambda: route(desk(KINDS))),
+        "steps": (1, lambda: steps(desk((2, 6)))),
+        "rules": (2, lambda: rules(desk(KINDS))),
+        "compare": (1, lambda: compare(rng)),
+        "repeat": (2, lambda: repeat(rng, english)),
+    }
+    for number in range(count):
+        kind = rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
+        system, asked, answer = kinds[kind][1]()
+        while not answer:  # nothing in that world is decided
+            system, asked, answer = kinds[kind][1]()
+        messages = [
+            Message(role="system", content=system),
+            Message(role="user", content=asked),
+            Message(role="assistant", content=answer),
+        ]
+        yield Trajectory(id=f"drill-{seed}-{number}", messages=messages, kind=kind, teacher="drill")
+
+
+def decide(desk: Desk) -> Drill:
+    """Every step that decides, for a few items, in any order; their records are given."""
+    world, lines, asked, records = desk.world, list[str](), list[str](), list[str]()
+    for place in range(desk.rng.randint(2, 4)):
+        task = desk.task(1)
+        goal, name = task.goal["items"][0], mark(place)
+        clerk, seen = _informed(world, task)
+        decided = list(_decided(world, clerk, goal["kind"], desk.rng))
+        if decided:
+            asked += [f"{name} {step}" for step, _ in decided]
+            records += [f"{name} {record}" for record in seen]
+            lines += [f"{name}: {world.shown[goal['kind']]} {goal['about']}", *(line for _, line in decided)]
+    return (
+        f"You practise.\n\n{world.manual}\n\n{desk.profile}",
+        f"Decide: {', '.join(asked)}\n" + "\n".join(records),
+        "\n".join(lines),
+    )
+
+
+def _decided(world: World, clerk: Clerk, kind: str, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """The mark and the note of each step of a procedure that decides."""
+    procedure = world.procedures[kind]
+    for place in rng.sample(range(len(procedure.steps)), len(procedure.steps)):
+        step = procedure.steps[place]
+        if isinstance(step, (Stop, Jump)) and all(path in clerk.known for path in world.needs(step)):
+            yield procedure.mark(place), clerk.decided(step, procedure, place)[1]
+
+
+def _informed(world: World, task: Task) -> tuple[Clerk, list[str]]:
+    """A clerk who has read every record of the only item, and these records."""
+    store, seen, known = Store(world, task), list[str](), dict[str, Any]()
+    item = task.goal["items"][0]
+    requester = world.family.requester
+    waiting = [(requester, task.goal["requester"]), (world.kinds[item["kind"]].about, item["about"])]
+    read: set[str] = set()
+    while waiting:
+        record, name = waiting.pop()
+        if record in read:
+            continue
+        read.add(record)
+        try:
+            result = store.do(record, {world.shown[f"{record}.id"]: name})
+        except ToolFailure:
+            continue
+        seen.append(json.dumps(result, ensure_ascii=False))
+        for at, values in world.records[record].fields.items():
+            if (said := world.shown[f"{record}.{at}"]) in result:
+                known[f"{record}.{at}"] = result[said]
+                if isinstance(values, Ref):
+                    waiting.append((values.record, result[said]))
+
+    def refuse(*_: object) -> dict[str, Any]:
+        raise AssertionError("a drill calls no tool")
+
+    return Clerk(world, task, refuse, known=known), seen
+
+
+def route(desk: Desk) -> Drill:
+    """Many items, each to its procedure: the plan that a request begins with."""
+    task = desk.task(desk.rng.randint(6, 16))
+    return f"You practise.\n\n{desk.heads}", task.request, "\n".join(plan(desk.world, task))
+
+
+def steps(desk: Desk) -> Drill:
+    """Steps asked for by their marks."""
+    lines = {
+        procedure.mark(place): desk.world.text(step, procedure)
+        for procedure in desk.world.procedures.values()
+        for place, step in enumerate(procedure.steps)
+    }
+    marks = desk.rng.sample(list(lines), min(len(lines), 16))
+    answer = "\n".join(f"{mark} {lines[mark]}" for mark in marks)
+    return f"You practise.\n\n{desk.world.manual}", f"Steps: {', '.join(marks)}", answer
+
+
+def rules(desk: Desk) -> Drill:
+    """Rules asked for by name, as the notes write them."""
+    world = desk.world
+    decisive = (path for rule in world.used_rules for path in world.decided_by(rule))
+    known = {path: desk.rng.choice(world.options(path)) for path in decisive}
+    clerk = Clerk(world, desk.task(1), lambda *_: {}, known=known)
+    names = desk.rng.sample(world.used_rules, min(len(world.used_rules), 14))
+    asked = "; ".join(world.shown[name] for name in names)
+    record = json.dumps({world.shown[path]: word for path, word in known.items()})
+    return f"You practise.\n\n{desk.profile}", f"Rules: {asked}\n{record}", "\n".join(map(clerk.rule, names))
+
+
+def compare(rng: random.Random) -> Drill:
+    """Limits and values, as in the notes; most have as many digits, and often the first ones in common."""
+    pairs: list[tuple[int | str, int | str]] = []
+    while len(pairs) < COMPARISONS:
+        limit = rng.randint(3, rng.choice((12, 70, 450, 3000)))
+        near = max(3, limit // 4) if rng.random() < 0.6 else limit
+        value = max(0, limit + rng.randint(-near, near))
+        dated = rng.random() < 0.3
+        pairs.append((date_of(limit % 400), date_of(value % 400)) if dated else (limit, value))
+    asked = "; ".join(f"{limit}, {value}" for limit, value in pairs)
+    judged = (
+        f"{compared(limit, value)}, {'over' if _number(value) > _number(limit) else 'within'}" for limit, value in pairs
+    )
+    return "You practise.", f"Compare: {asked}", "; ".join(judged)
+
+
+def _number(said: int | str) -> int:
+    return said if isinstance(said, int) else int(said.replace("-", ""))
+
+
+def repeat(rng: random.Random, english: Sequence[str]) -> Drill:
+    """Sentences, if there are any, and codes to be said again. The codes share digits, so a short match misleads."""
+    digits = rng.sample("0123456789", 3)
+    words: list[str] = []
+    while len(words) < WORDS:
+        words += rng.choice(english).split() if english else ()
+        words += ["".join((rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ"), *rng.choices(digits, k=4))) for _ in range(3)]
+    text = " ".join(words[:WORDS])
+    return "You practise.", f"Repeat: {text}", text

@@ -1,0 +1,84 @@
+"""The drills: each asks for what its prompt says, and answers it rightly."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from worlds.drills import drills
+
+
+@pytest.fixture(scope="module")
+def drilled():
+    by_kind: dict[str, list[tuple[str, str, str]]] = {}
+    for drill in drills(5, 120, english=["One two three.", "Four five."]):
+        system, asked, answer = (message.content for message in drill.messages)
+        by_kind.setdefault(drill.kind, []).append((system, asked, answer))
+    assert set(by_kind) == {"decide", "route", "steps", "rules", "compare", "repeat"}
+    return by_kind
+
+
+def test_steps_are_those_of_the_manual(drilled):
+    for system, asked, answer in drilled["steps"]:
+        lines = answer.splitlines()
+        assert [line.split()[0] for line in lines] == asked.removeprefix("Steps: ").split(", ")
+        assert set(lines) <= set(system.splitlines())
+
+
+def test_items_are_routed_to_procedures_that_there_are(drilled):
+    for system, asked, answer in drilled["route"]:
+        heads = [line.split(": ")[0] for line in system.splitlines()[2:]]
+        items = [line for line in asked.splitlines() if line.startswith("(")]
+        assert len(items) == len(answer.splitlines()) >= 6
+        for item, line in zip(items, answer.splitlines(), strict=True):
+            said, route = line.split(" = ")
+            assert item.startswith(said) and any(route.startswith(f"{head} ") for head in heads)
+
+
+def test_decisions_quote_the_manual_and_the_records(drilled):
+    for system, asked, answer in drilled["decide"]:
+        decided = [line for line in answer.splitlines() if not line.startswith("(")]
+        assert len(decided) == asked.splitlines()[0].count("(")
+        for line in decided:
+            step, why = line.split(": ", 1)
+            assert step in system.splitlines()
+            for name, value in re.findall(r'("\w+"): ("[^"]*"|\d+)', why):
+                assert f"{name}: {value}" in asked
+            assert re.search(r"; (stop|go on|go to [A-Z]\d+|go to the end)$", line)
+
+
+def test_rules_are_those_of_the_profile(drilled):
+    for system, asked, answer in drilled["rules"]:
+        names = asked.splitlines()[0].removeprefix("Rules: ").split("; ")
+        case = json.loads(asked.splitlines()[1])
+        assert len(answer.splitlines()) == len(names)
+        for name, line in zip(names, answer.splitlines(), strict=True):
+            assert name in line
+            value = line.split(", ")[-1].split(": ")[-1]
+            assert value == "none" or value in system
+            assert all(f'"{word}"' in json.dumps(case) for word in re.findall(r'": "([^"]*)"', line))
+
+
+def test_comparisons_are_right(drilled):
+    for _, _, answer in drilled["compare"]:
+        pairs = re.findall(r"([\d-]+), ([\d-]+): [^,]+, (within|over)", answer)
+        assert len(pairs) > 10
+        for limit, value, word in pairs:
+            limit, value = (int(text.replace("-", "")) for text in (limit, value))
+            assert (value <= limit) == (word == "within")
+
+
+def test_texts_are_repeated(drilled):
+    for _, asked, answer in drilled["repeat"]:
+        assert asked == f"Repeat: {answer}" and "three." in answer
+
+
+def test_the_seed_decides():
+    first, again, other = (list(drills(seed, 12)) for seed in (1, 1, 2))
+    assert first == again and [d.messages for d in first] != [d.messages for d in other]
