@@ -28,7 +28,7 @@ class Depths:
 
     full: float = 0.5
     part: float = 0.4
-    home: int = 24
+    home: int = 8
     """How many worlds come back."""
     small: float = 0.0
     """Share of worlds with 2 or 3 kinds of request: less to read before each turn."""
