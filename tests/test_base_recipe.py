@@ -125,4 +125,14 @@ def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):
     base = load_base(tmp_path / "base")
     assert base.tokenizer.chat_template and base.model.config.num_hidden_layers == 3
     card = (tmp_path / "base" / "README.md").read_text()
-    assert "--tokens 3000 --seed 0" in card and "apache-2.0" in card
+    assert "--size cpu --tokens 3000 --seed 0" in card and "apache-2.0" in card
+    assert all(f"| {stage.name} |" in card for stage in data.STAGES)
+
+
+def test_both_sizes_are_as_large_as_they_say():
+    parameters = {}
+    for size, recipe in make.SIZES.items():
+        with torch.device("meta"):
+            model = LlamaForCausalLM(recipe.config(recipe.vocabulary, 0, 1))
+        parameters[size] = sum(parameter.numel() for parameter in model.parameters())
+    assert 3e6 < parameters["cpu"] < 4e6 and 15e6 < parameters["gpu"] < 25e6

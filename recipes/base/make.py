@@ -2,16 +2,17 @@
 
 Data -> tokenizer -> for each stage, rows and a run through `engrain.train` -> bf16 safetensors and a card. Every part
 leaves its result in the work directory and is skipped when it is there, and training resumes from its checkpoint, so
-the same command continues after an interruption. One main dial: `--tokens`.
+the same command continues after an interruption. One main dial: `--size`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -41,12 +42,14 @@ class Recipe:
     """All that decides the base, with the stages of `data.py`."""
 
     tokens: int
-    """The dial: tokens to train on."""
+    """To train on, over all stages."""
     seed: int = 0
     vocabulary: int = 4096
     width: int = 192
     layers: int = 6
     lr: float = 1.5e-3
+    batch: int = 1
+    """Multiplies the stages' batches."""
     initializer_range: float = 0.04
     min_trained: float = 0.1
     """Rows with a smaller share of trained tokens are left out: long prompts before few turns teach little."""
@@ -67,6 +70,13 @@ class Recipe:
             eos_token_id=stop,
             bos_token_id=None,
         )
+
+
+SIZES = {
+    "cpu": Recipe(tokens=48_000_000),
+    "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, lr=1e-3, batch=16),
+}
+"""`cpu`: 3.4M parameters, about four hours on two cores. `gpu`: 21M parameters."""
 
 
 class Rows(Sequence[Row]):
@@ -173,7 +183,7 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
         kept = make_rows(work, recipe, number, processes, english)
         config = TrainConfig(
             tokens=round(recipe.tokens * stage.share),
-            batch_tokens=stage.batch_tokens,
+            batch_tokens=stage.batch_tokens * recipe.batch,
             accumulate=1,
             lr=recipe.lr * stage.lr,
             final=stage.final,
@@ -188,7 +198,7 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
     return load_base(folder)
 
 
-def card(recipe: Recipe, work: Path, parameters: int, english: bool) -> str:
+def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     stages = ""
     for stage in STAGES:
@@ -215,8 +225,8 @@ start as induction heads (`recipes/base/induction.py`), so that it can copy line
 - Never seen: the families of workflows named in `recipes/worlds/held_out.txt`, and the support desk.
 - Other text: {words}.
 - {torch.get_num_threads()} CPU threads; minutes leave out interruptions.
-- Again, at commit {commit()}: `python recipes/base/make.py --tokens {recipe.tokens} --seed {recipe.seed}\
-{" --english ../shared/data" if english else ""} -o src/engrain/base`
+- Again, at commit {commit()}: `python recipes/base/make.py --size {size} --tokens {recipe.tokens} --seed \
+{recipe.seed}{" --english ../shared/data" if english else ""} -o src/engrain/base`
 
 | stage | rows made | their tokens | with loss | tokens trained on | steps | loss, nats a trained token | minutes |
 |---|---|---|---|---|---|---|---|
@@ -233,16 +243,18 @@ def commit() -> str:
 
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the base goes")],
-    tokens: Annotated[int, typer.Option(help="the dial: tokens to train on")] = 48_000_000,
+    size: Annotated[str, typer.Option(help=f"the dial: {' or '.join(SIZES)}")] = "cpu",
     seed: int = 0,
     work: Path = Path("build/base"),
     english: Annotated[Path | None, typer.Option(help="shared/data, to give the tokenizer English words")] = None,
-    processes: int = 2,
-    lr: float = 1.5e-3,
-    layers: int = 6,
-    width: int = 192,
+    processes: int = os.cpu_count() or 1,
+    tokens: Annotated[int | None, typer.Option(help="other than the size's, to try things out")] = None,
+    layers: Annotated[int | None, typer.Option(help="other than the size's")] = None,
 ) -> None:
-    recipe = Recipe(tokens, seed, lr=lr, layers=layers, width=width)
+    if size not in SIZES:
+        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}")
+    chosen = SIZES[size]
+    recipe = replace(chosen, seed=seed, tokens=tokens or chosen.tokens, layers=layers or chosen.layers)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(work, recipe, english)
     base = Base(initial_model(tokenizer, recipe), tokenizer)
@@ -252,7 +264,7 @@ def main(
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
-        file.write(card(recipe, work, parameters, english is not None))
+        file.write(card(size, recipe, work, parameters, english is not None))
     typer.echo(f"{out}: {parameters:,} parameters")
 
 
