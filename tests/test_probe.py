@@ -10,16 +10,20 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from desk import workflow as desk
+from models import random_rows
+from transformers import PreTrainedModel
 
 from engrain import probe as probing
 from engrain.cli import invoke
 from engrain.errors import InputError
-from engrain.model import load_base
+from engrain.model import Base, load_base
 from engrain.policy import Episode, Policy, ScriptTeacher
 from engrain.probe import Capability, Gate, NextTurn, Plan, Subject, Trial, WholeTask, load_suite, measure, probe
 from engrain.rollout import Budget
 from engrain.task import Task
+from engrain.train import TrainConfig, train
 from engrain.trajectory import Message, ToolCall, read_trajectories
 
 ROOT = Path(__file__).parents[1]
@@ -289,6 +293,21 @@ def test_a_model_in_memory_is_measured(tiny_base: Path) -> None:
     shares = measure(base, suite, 3, seed=7)
     assert list(shares) == ["say", "refund"] and shares["say"] == 1 and 0 <= shares["refund"] <= 1
     assert measure(base, suite, 3, seed=7) == shares
+
+
+def test_a_model_can_be_measured_while_it_is_trained(tiny_base: Path, tmp_path: Path) -> None:
+    config = TrainConfig(tokens=400, batch_tokens=200, threads=1, precision="fp32", probe_every_steps=1)
+    suite = (Capability("say", "", said, instructions="none"),)
+    plain, watched = load_base(tiny_base), load_base(tiny_base)
+
+    def look(step: int, model: PreTrainedModel) -> dict[str, float]:
+        return measure(Base(model, watched.tokenizer), suite, 2, seed=step)
+
+    train(plain, None, random_rows(20), config, tmp_path / "plain")
+    train(watched, None, random_rows(20), config, tmp_path / "watched", probe=look)
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True))
+    logged = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line.get("say") == 1 for line in logged) >= 2
 
 
 def test_the_command_goes_on_and_reports(suite: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
