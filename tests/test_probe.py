@@ -103,7 +103,14 @@ def test_a_policy_without_an_answer_is_wrong_and_says_why(tmp_path: Path) -> Non
 
 def test_finished_probes_are_kept_and_an_interrupted_one_is_run_again(tmp_path: Path) -> None:
     loaded: list[int] = []
-    who = subject(ScriptTeacher(desk), loaded)
+    asked: list[str] = []
+
+    class Counting(ScriptTeacher):
+        def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
+            asked.extend(episode.task.id for episode in episodes)
+            return super().__call__(episodes)
+
+    who = subject(Counting(desk), loaded)
 
     def stop(name: str, seed: str, done: int, tasks: int) -> None:
         if (name, seed, done) == ("refund", "seed 1", 3):
@@ -113,6 +120,14 @@ def test_finished_probes_are_kept_and_an_interrupted_one_is_run_again(tmp_path: 
         probe(who, SUITE, "code", PLAN, tmp_path, stop)
     kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.jsonl")}
     assert set(kept) == {"find.0.jsonl", "find.1.jsonl", "refund.0.jsonl"}
+    journal = tmp_path / "refund.1.jsonl.partial"
+    done = [json.loads(line)["task"] for line in journal.read_text().splitlines()]
+    with journal.open("a") as file:
+        file.write('{"torn')
+    asked.clear()
+    assert probe(who, SUITE[:2], "code", PLAN, tmp_path).cells["refund"].tasks == 12 and not journal.exists()
+    assert len(done) == 3 and len(set(asked)) == 3 and not set(asked) & set(done)
+    loaded.pop()
     report = probe(who, SUITE, "code", PLAN, tmp_path)
     assert loaded == [4, 4] and all((tmp_path / name).stat().st_mtime_ns == time for name, time in kept.items())
     assert probe(who, SUITE, "code", PLAN, tmp_path).rows() == report.rows() and loaded == [4, 4]

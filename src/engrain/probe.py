@@ -2,15 +2,16 @@
 
 A suite names capabilities. Each makes trials without end from a seed: whole tasks, judged by their workflow's goal
 check, or the one turn that follows a history which the teacher wrote. What a tenant's tasks have in common makes them
-alike, so intervals come from resampling tenants. A finished capability and seed lies on disk as trajectories and is
-not run again.
+alike, so intervals come from resampling tenants. What is finished lies on disk as trajectories and is not run again.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -23,9 +24,11 @@ import torch
 from engrain.agent import as_policy
 from engrain.errors import InputError
 from engrain.evaluate import Progress, kept, page, read_settings, write_report, write_settings
+from engrain.files import appending
 from engrain.model import Base, base_digest, load_base
 from engrain.parallel import merged
 from engrain.policy import Episode, Policy
+from engrain.record import complete_runs, partial_path
 from engrain.renderer import Renderer
 from engrain.rollout import Budget, rollouts
 from engrain.score import Interval, bootstrap, failures, succeeded
@@ -232,23 +235,20 @@ def probe(who: Subject, suite: Suite, code: str, plan: Plan, out: Path, progress
     """Run what is not yet in `out`, then write `report.json` and `report.md` there. `code` is the suite's digest."""
     _claim(out, {"base": who.digest, "suite": code, "tasks": plan.tasks})
     load = cache(partial(_load, who, plan))
-    done = {
-        capability.name: [
-            kept(
-                out / f"{capability.name}.{seed}.jsonl",
-                plan.tasks,
-                partial(_run, capability, seed, load, plan),
-                partial(progress, capability.name, f"seed {seed}"),
-            )
-            for seed in range(plan.seeds)
-        ]
-        for capability in suite
-    }
+
+    def done(capability: Capability, seed: int) -> list[Trajectory]:
+        path = out / f"{capability.name}.{seed}.jsonl"
+        run = partial(_run, capability, seed, load, plan, partial_path(path))
+        trajectories = kept(path, plan.tasks, run, partial(progress, capability.name, f"seed {seed}"))
+        partial_path(path).unlink(missing_ok=True)
+        return sorted(trajectories, key=_named)
+
+    runs = {capability.name: [done(capability, seed) for seed in range(plan.seeds)] for capability in suite}
     report = Report(
         who.digest,
         plan,
-        {capability.name: _cell(done[capability.name], capability.gate) for capability in suite},
-        {one.name: pair for one in suite if (pair := _pairs(done.get(one.before, []), done[one.name]))},
+        {capability.name: _cell(runs[capability.name], capability.gate) for capability in suite},
+        {one.name: pair for one in suite if (pair := _pairs(runs.get(one.before, []), runs[one.name]))},
         {capability.name: capability.about for capability in suite},
     )
     write_report(out, report.to_dict(), report.markdown())
@@ -309,13 +309,43 @@ def _first(capability: Capability, seed: int, tasks: int) -> list[Trial]:
     return trials
 
 
-def _run(capability: Capability, seed: int, load: Callable[[], Policy], plan: Plan) -> Iterator[Trajectory]:
-    """Neighbours stay in one process, since they share what their prompts begin with."""
-    trials = _first(capability, seed, plan.tasks)
-    size = math.ceil(len(trials) / plan.processes)
+def _run(
+    capability: Capability, seed: int, load: Callable[[], Policy], plan: Plan, journal: Path
+) -> Iterator[Trajectory]:
+    """What the journal holds, then the rest, each written there first.
+
+    Neighbours stay in one process, since they share what their prompts begin with.
+    """
+    before = _journaled(journal)
+    yield from before
+    known = {_named(trajectory) for trajectory in before}
+    trials = [
+        trial
+        for trial in _first(capability, seed, plan.tasks)
+        if (trial.workflow.name, trial.task.tenant, trial.task.id) not in known
+    ]
+    size = max(1, math.ceil(len(trials) / plan.processes))
     shares = [trials[start : start + size] for start in range(0, len(trials), size)]
-    for trajectory in merged(lambda share: attempts(capability, share, load(), plan.parallel), shares):
-        yield _without_tokens(trajectory)
+    made = merged(lambda share: attempts(capability, share, load(), plan.parallel), shares)
+    with appending(journal) as file, closing(made):
+        for trajectory in made:
+            bare = _without_tokens(trajectory)
+            file.write(bare.to_json() + "\n")
+            file.flush()
+            yield bare
+
+
+def _journaled(journal: Path) -> list[Trajectory]:
+    """The runs of a journal; a last line that was torn by a stop is cut off."""
+    if not journal.exists():
+        return []
+    runs = list(complete_runs(journal))
+    os.truncate(journal, sum(len(line) for _, line in runs))
+    return [trajectory for trajectory, _ in runs]
+
+
+def _named(trajectory: Trajectory) -> tuple[str, str, str]:
+    return trajectory.workflow, trajectory.tenant, trajectory.task
 
 
 def _load(who: Subject, plan: Plan) -> Policy:
@@ -352,16 +382,12 @@ def _cell(seeds: Sequence[Sequence[Trajectory]], gate: Gate = Gate()) -> Cell:
 
 def _pairs(before: Sequence[Sequence[Trajectory]], after: Sequence[Sequence[Trajectory]]) -> Cell | None:
     """Success where both are right, on the tasks that both have."""
-
-    def named(trajectory: Trajectory) -> tuple[str, str, str]:
-        return trajectory.workflow, trajectory.tenant, trajectory.task
-
-    were = {named(trajectory): succeeded(trajectory) for one in before for trajectory in one}
+    were = {_named(trajectory): succeeded(trajectory) for one in before for trajectory in one}
     both = [
         [
-            trajectory if were[named(trajectory)] else trajectory.model_copy(update={"outcome": None})
+            trajectory if were[_named(trajectory)] else trajectory.model_copy(update={"outcome": None})
             for trajectory in one
-            if named(trajectory) in were
+            if _named(trajectory) in were
         ]
         for one in after
     ]
