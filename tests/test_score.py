@@ -37,6 +37,20 @@ def test_interval_is_the_same_in_blocks() -> None:
     assert interval.high - interval.low == pytest.approx(2 * 1.96 / math.sqrt(5000), rel=0.1)
 
 
+def test_values_of_one_cluster_are_drawn_together() -> None:
+    """Ten tenants whose ten tasks are all alike tell as much as ten tasks."""
+    values = [float(tenant % 2) for tenant in range(10) for _ in range(10)]
+    tenants = [tenant for tenant in range(10) for _ in range(10)]
+    clustered, alone = bootstrap(values, tenants), bootstrap(values)
+    assert clustered == bootstrap([float(tenant % 2) for tenant in range(10)])
+    assert clustered.high - clustered.low > 2.5 * (alone.high - alone.low)
+    assert bootstrap(values, list(range(100))) == alone
+    large = bootstrap([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"])
+    assert (large.mean, large.low, large.high) == (0.75, 0.0, 1.0)
+    with pytest.raises(ValueError, match="a cluster for each of 2 values"):
+        bootstrap([1.0, 0.0], ["a"])
+
+
 def test_no_values_is_not_zero() -> None:
     assert math.isnan(bootstrap([]).mean)
 

@@ -20,6 +20,8 @@ from worlds.world import KINDS, draw
 
 HOME = 10**9
 """Seeds from here on are of the worlds that come back."""
+UNSEEN = 2 * 10**9
+"""Seeds from here on are of the worlds that a base is probed on: nothing may train on them."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from engrain.errors import ModelError, RenderError
 from engrain.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from engrain.engine import CompiledPolicy
     from engrain.model import Base
     from engrain.renderer import Renderer
@@ -133,12 +135,7 @@ class Agent:
 
     def policy(self, parallel: int = 16, *, compiled: bool = True) -> CompiledPolicy:
         """The agent, or with `compiled=False` the bare base, as a policy for so many episodes at a time."""
-        from engrain.engine import CompiledPolicy, Engine
-
-        model = (self.load() if compiled else self.load_base()).model
-        longest = min(LONGEST_CONTEXT, getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT))
-        engine = Engine(model, self.renderer, self.renderer.tokenizer, parallel=parallel, max_context=longest)
-        return CompiledPolicy(engine)
+        return as_policy((self.load() if compiled else self.load_base()).model, self.renderer, parallel)
 
     def digest(self) -> str:
         """Names exactly this agent: the manifest holds the digest of everything else."""
@@ -152,6 +149,14 @@ class Agent:
                 f"{self.path}: compiled for other tools than {workflow.name!r} has now ({', '.join(changed)} differ); "
                 f"compile again or give the right --workflow"
             )
+
+
+def as_policy(model: PreTrainedModel, renderer: Renderer, parallel: int = 16) -> CompiledPolicy:
+    """A model as a policy for so many episodes at a time: greedy, with calls constrained to the tools' schemas."""
+    from engrain.engine import CompiledPolicy, Engine
+
+    longest = min(LONGEST_CONTEXT, getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT))
+    return CompiledPolicy(Engine(model, renderer, renderer.tokenizer, parallel=parallel, max_context=longest))
 
 
 def load_agent(path: Path | str) -> Agent:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -177,29 +177,53 @@ def evaluate(
             cells.setdefault(arm.name, {})[split] = Cell(score(many, seed=plan.seed), latency(few))
             outcomes.setdefault(arm.name, {})[split] = successes(many)
     report = Report(workflow.name, plan, cells, _differences(outcomes, plan))
-    _write(out, report)
+    write_report(out, report.to_dict(), markdown(report))
     return report
 
 
 def _claim(out: Path, workflow: Workflow, arms: Sequence[Arm], plan: Plan) -> None:
     """A directory holds one evaluation; more arms or splits may join it later."""
-    kept = {"workflow": workflow.name, "plan": {**asdict(plan), "splits": []}, "arms": {}}
-    path = out / SETTINGS
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        before = None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); choose another directory with -o") from error
-    known = dict(before["arms"]) if before else {}
-    kept["arms"] = {**known, **{arm.name: arm.digest for arm in arms}}
+    settings = {"workflow": workflow.name, "plan": {**asdict(plan), "splits": []}, "arms": {}}
+    before = read_settings(out)
+    known = dict(before.get("arms", {})) if before else {}
+    settings["arms"] = {**known, **{arm.name: arm.digest for arm in arms}}
     if before is not None and (
-        {**before, "arms": {}} != json.loads(json.dumps({**kept, "arms": {}}))
+        {**before, "arms": {}} != json.loads(json.dumps({**settings, "arms": {}}))
         or any(known.get(arm.name, arm.digest) != arm.digest for arm in arms)
     ):
         raise InputError(f"{out} holds an evaluation with other settings or agents; choose another directory with -o")
-    with replacing(path) as file:
-        json.dump(kept, file, indent=2)
+    write_settings(out, settings)
+
+
+def read_settings(out: Path) -> dict[str, Any] | None:
+    """What the directory's results were made with; None if there are none yet."""
+    path = out / SETTINGS
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); choose another directory with -o") from error
+
+
+def write_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    with replacing(out / SETTINGS) as file:
+        json.dump(settings, file, indent=2)
+
+
+def kept(
+    path: Path, count: int, make: Callable[[], Iterable[Trajectory]], progress: Callable[[int, int], None]
+) -> list[Trajectory]:
+    """The trajectories of a file; if there is none, `count` of them are made and written there."""
+    if path.exists():
+        return list(read_trajectories(path))
+    trajectories: list[Trajectory] = []
+    progress(0, count)
+    for trajectory in make():
+        trajectories.append(trajectory)
+        progress(len(trajectories), count)
+    write_trajectories(path, trajectories)
+    return trajectories
 
 
 @dataclass(frozen=True)
@@ -213,21 +237,16 @@ class _Runs:
 
     def __call__(self, arm: Arm, policy: Callable[[], Policy], split: str, *, alone: bool = False) -> list[Trajectory]:
         path = self.out / f"{arm.name}.{split}{'.latency' if alone else ''}.jsonl"
-        if path.exists():
-            return list(read_trajectories(path))
         plan = self.plan
         count, parallel = (plan.latency_tasks, 1) if alone else (plan.tasks, plan.parallel)
         label = f"{split} one at a time" if alone else split
-        tasks = islice(self.workflow.tasks(split, plan.seed), count)
-        trajectories: list[Trajectory] = []
-        self.progress(arm.name, label, 0, count)
-        for trajectory in rollout(
-            self.workflow, tasks, policy(), parallel=parallel, budget=plan.budget, instructions=arm.instructions
-        ):
-            trajectories.append(trajectory)
-            self.progress(arm.name, label, len(trajectories), count)
-        write_trajectories(path, trajectories)
-        return trajectories
+
+        def make() -> Iterable[Trajectory]:
+            tasks = islice(self.workflow.tasks(split, plan.seed), count)
+            options = {"parallel": parallel, "budget": plan.budget, "instructions": arm.instructions}
+            return rollout(self.workflow, tasks, policy(), **options)
+
+        return kept(path, count, make, partial(self.progress, arm.name, label))
 
 
 def latency(trajectories: Sequence[Trajectory]) -> Latency:
@@ -254,11 +273,11 @@ def _differences(
     }
 
 
-def _write(out: Path, report: Report) -> None:
+def write_report(out: Path, report: Mapping[str, Any], text: str) -> None:
     with replacing(out / REPORT) as file:
-        json.dump(_finite(report.to_dict()), file, indent=2, ensure_ascii=False)
+        json.dump(_finite(report), file, indent=2, ensure_ascii=False)
     with replacing(out / TABLE) as file:
-        file.write(markdown(report))
+        file.write(text)
 
 
 def markdown(report: Report) -> str:
@@ -267,9 +286,13 @@ def markdown(report: Report) -> str:
         f"{plan.tasks} tasks a split, seed {plan.seed}, greedy decoding. Success: goal check, 95% bootstrap interval "
         f"over tasks. s/step: mean over {plan.latency_tasks} tasks run one at a time."
     )
-    rows = [report.headings, ["---"] * len(report.headings), *report.rows()]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([f"# {report.workflow}", "", about, "", *lines, "", *(f"- {note}" for note in report.notes()), ""])
+    return page(report.workflow, about, report.headings, report.rows(), report.notes())
+
+
+def page(title: str, about: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table in Markdown, between what it is and notes on it."""
+    lines = ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
+    return "\n".join([f"# {title}", "", about, "", *lines, "", *(f"- {note}" for note in notes), ""])
 
 
 def _finite(value: Any) -> Any:

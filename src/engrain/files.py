@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written aside, flushed to disk, then renamed."""
+"""Files appear whole or not at all: written aside, flushed to disk, then renamed. Only journals grow."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         raise _explain(error, path) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[IO[str]]:
+    """A text file to add lines to; those that are flushed stay, whatever happens next. Raises `InputError`."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise _explain(error, path) from error
 
 
 @contextmanager

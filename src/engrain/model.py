@@ -46,10 +46,7 @@ class Base:
 
 def load_base(path: Path, dtype: torch.dtype = torch.float32) -> Base:
     """Load a base from a local directory. Raises `ModelError` if it is missing or malformed."""
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no config.json; give a local directory with a base in safetensors")
-    if not any(path.glob("*.safetensors")):
-        raise ModelError(f"{path}: no *.safetensors weights; convert the base to safetensors (pickles are not read)")
+    digest = base_digest(path)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -63,7 +60,7 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32) -> Base:
     wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if wrong:
         raise ModelError(f"{path}: weights do not fit config.json, first at {wrong[0]}; fetch or save the base again")
-    return Base(model.eval(), tokenizer, base_digest(path), path)
+    return Base(model.eval(), tokenizer, digest, path)
 
 
 def save_base(base: Base, path: Path) -> str:
@@ -75,7 +72,11 @@ def save_base(base: Base, path: Path) -> str:
 
 
 def base_digest(path: Path) -> str:
-    """sha256 over the names and contents of config.json and the weights."""
+    """sha256 over the names and contents of config.json and the weights. Raises `ModelError` if one is missing."""
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; give a local directory with a base in safetensors")
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(f"{path}: no *.safetensors weights; convert the base to safetensors (pickles are not read)")
     total = hashlib.sha256()
     for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
         with file.open("rb") as content:

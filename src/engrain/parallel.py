@@ -11,18 +11,20 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
-from engrain.errors import EngrainError
-from engrain.task import Task
+from engrain.errors import EngrainError, InputError
 from engrain.trajectory import Trajectory
 
-Play = Callable[[list[Task]], Iterator[Trajectory]]
+Work = TypeVar("Work")
 
 
-def merged(play: Play, shares: list[list[Task]]) -> Generator[Trajectory, None, None]:
+def merged(
+    play: Callable[[list[Work]], Iterator[Trajectory]], shares: list[list[Work]]
+) -> Generator[Trajectory, None, None]:
     """The trajectories of every share, as they come; in this process if there is but one share of work.
 
-    Raises `EngrainError` when a process ends with an error or dies.
+    Raises `InputError` or `EngrainError` when a process ends with an error or dies.
     """
     shares = [share for share in shares if share]
     if len(shares) <= 1:
@@ -43,8 +45,10 @@ def merged(play: Play, shares: list[list[Task]]) -> Generator[Trajectory, None, 
             for end in wait(open_ends):
                 assert isinstance(end, Connection)
                 kind, text = _receive(end)
+                if kind == "mistake":
+                    raise InputError(text)
                 if kind == "error":
-                    raise EngrainError(f"a recording process failed: {text}")
+                    raise EngrainError(f"a process failed: {text}")
                 if kind == "end":
                     open_ends.remove(end)
                 else:
@@ -62,7 +66,9 @@ def _receive(end: Connection) -> tuple[str, str]:
         return "error", "it died without a word (out of memory?); use fewer processes"
 
 
-def _work(end: Connection, inherited: list[Connection], play: Play, share: list[Task]) -> None:
+def _work(
+    end: Connection, inherited: list[Connection], play: Callable[[Any], Iterator[Trajectory]], share: Any
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     for other in inherited:
         other.close()  # else a dead parent would go unnoticed
@@ -71,6 +77,8 @@ def _work(end: Connection, inherited: list[Connection], play: Play, share: list[
             for trajectory in play(share):
                 end.send(("run", trajectory.to_json()))
             end.send(("end", ""))
+        except InputError as error:
+            end.send(("mistake", str(error)))
         except EngrainError as error:
             end.send(("error", str(error)))
         except Exception as error:

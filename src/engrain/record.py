@@ -186,14 +186,14 @@ class _Journal:
         """Read the journal, cutting off a last line that was torn by a stop; or start from a finished recording."""
         if not self.fresh:
             offset = 0
-            for run, line in _runs(self.path):
+            for run, line in complete_runs(self.path):
                 self._note(run, offset)
                 offset += len(line)
             self.file.truncate(offset)
             return
         for path in (self.out, refused_path(self.out)):
             if path.exists():
-                for run, _ in _runs(path):
+                for run, _ in complete_runs(path):
                     self._copy(run)
 
     def _copy(self, trajectory: Trajectory) -> _Run:
@@ -229,7 +229,7 @@ class _Journal:
         )
 
 
-def _runs(path: Path) -> Iterator[tuple[Trajectory, bytes]]:
+def complete_runs(path: Path) -> Iterator[tuple[Trajectory, bytes]]:
     """The runs of a file with the bytes of their lines, up to a last line without an end."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

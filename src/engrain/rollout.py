@@ -71,6 +71,7 @@ class _Running:
 class _Run:
     """One episode with what no policy may see."""
 
+    workflow: Workflow
     episode: Episode
     system: str = ""
     state: Any = None
@@ -100,15 +101,29 @@ def rollout(
     on_step: OnStep | None = None,
 ) -> Iterator[Trajectory]:
     """One trajectory a task, in the order in which they end. `tasks` is read as slots become free."""
+    pairs = ((workflow, task) for task in tasks)
+    return rollouts(pairs, policy, parallel=parallel, budget=budget, instructions=instructions, on_step=on_step)
+
+
+def rollouts(
+    tasks: Iterable[tuple[Workflow, Task]],
+    policy: Policy,
+    *,
+    parallel: int = 16,
+    budget: Budget | None = None,
+    instructions: Instructions = "none",
+    on_step: OnStep | None = None,
+) -> Iterator[Trajectory]:
+    """As `rollout`; tasks of different workflows are done side by side."""
     if parallel < 1:
         raise InputError(f"parallel: expected at least 1 episode at a time, got {parallel}")
-    loop = _Loop(workflow, policy, budget or Budget(), instructions, on_step or (lambda trajectory, message: None))
+    loop = _Loop(policy, budget or Budget(), instructions, on_step or (lambda trajectory, message: None))
     waiting = iter(tasks)
     active: list[_Run] = []
     try:
         while True:
-            for task in islice(waiting, parallel - len(active)):
-                active.append(loop.begin(task))
+            for workflow, task in islice(waiting, parallel - len(active)):
+                active.append(loop.begin(workflow, task))
                 loop.introduce(active[-1])
             if not active:
                 return
@@ -125,18 +140,17 @@ def rollout(
 
 @dataclass(frozen=True)
 class _Loop:
-    workflow: Workflow
     policy: Policy
     budget: Budget
     instructions: Instructions
     on_step: OnStep
 
-    def begin(self, task: Task) -> _Run:
+    def begin(self, workflow: Workflow, task: Task) -> _Run:
         name = getattr(self.policy, "name", type(self.policy).__name__)
         trajectory = Trajectory(
             id=f"{task.id}:{name}",
             messages=[],
-            workflow=self.workflow.name,
+            workflow=workflow.name,
             tenant=task.tenant,
             task=task.id,
             kind=task.kind,
@@ -144,11 +158,11 @@ class _Loop:
             seed=task.seed,
             teacher=name,
         )
-        run = _Run(Episode(task, trajectory, Phase("", "", ()), ()))
+        run = _Run(workflow, Episode(task, trajectory, Phase("", "", ()), ()))
         try:
-            run.system = self.workflow.system(task.tenant, self.instructions)
-            trajectory.tools = self.workflow.schemas(self.instructions)
-            run.state = self.workflow.open(task)
+            run.system = workflow.system(task.tenant, self.instructions)
+            trajectory.tools = workflow.schemas(self.instructions)
+            run.state = workflow.open(task)
             run.opened = True
         except Exception as error:
             run.end(f"open: {_named(error)}")
@@ -169,13 +183,13 @@ class _Loop:
                 run.end(f"budget: {limit}")
                 continue
             try:
-                phase = self.workflow.phase(run.episode.trajectory.messages)
+                phase = run.workflow.phase(run.episode.trajectory.messages)
             except Exception as error:
                 run.end(f"phase: {_named(error)}")
                 continue
             if phase is not run.episode.phase:
                 run.episode.phase = phase
-                run.episode.tools = tuple(tool for tool in self.workflow.tools if tool.name in phase.tools)
+                run.episode.tools = tuple(tool for tool in run.workflow.tools if tool.name in phase.tools)
         runs = [run for run in runs if not run.over]
         if not runs:
             return
@@ -250,7 +264,7 @@ class _Loop:
 
     def start(self, run: _Run, call: ToolCall) -> None:
         """Begin a call, or observe at once why it cannot be made."""
-        phase, tool = run.episode.phase, self.workflow.tool(call.name)
+        phase, tool = run.episode.phase, run.workflow.tool(call.name)
         if self.budget.out_of_time(run.episode.trajectory):
             return self.observe(run, call, failed("budget", "no time left for this call"))
         if tool is None:
@@ -307,9 +321,9 @@ class _Loop:
         task, messages = run.episode.task, run.episode.trajectory.messages
         try:
             if not _hung(run):
-                outcome = self.workflow.check(task, run.state, messages)
+                outcome = run.workflow.check(task, run.state, messages)
             else:  # the tool may hold a lock of the state
-                outcome = in_background(lambda: self.workflow.check(task, run.state, messages)).result(HUNG)
+                outcome = in_background(lambda: run.workflow.check(task, run.state, messages)).result(HUNG)
         except TimeoutError:
             return Outcome(success=False, reason=f"check: no result within {HUNG:g} seconds; a tool is still running")
         except Exception as error:

@@ -1,14 +1,15 @@
 """Scores: what trajectories add up to, with intervals.
 
-Success is the goal check's word. Intervals are percentile bootstraps over *tasks*, seeded, so the same trajectories
-always give the same numbers. An interval of values that are all equal has no width: read it beside the task count.
+Success is the goal check's word. Intervals are percentile bootstraps over *tasks*, or over clusters of them, seeded, so
+the same trajectories always give the same numbers. An interval of values that are all equal has no width: read it
+beside the task count.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,17 +56,33 @@ class Score:
         return asdict(self)
 
 
-def bootstrap(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of `values` with the 2.5th and 97.5th percentile of the means of resamples; NaN when empty."""
+def bootstrap(
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `values` with the 2.5th and 97.5th percentile of the means of resamples; NaN when empty.
+
+    `clusters` names the cluster of each value: whole clusters are drawn, since values of one are alike.
+    """
     if not values:
         return Interval(float("nan"), float("nan"), float("nan"))
     array = np.asarray(values, dtype=np.float64)
-    random = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(array))  # bounds the memory of the index matrix
-    means = [
-        array[random.integers(len(array), size=(min(block, resamples - start), len(array)))].mean(axis=1)
-        for start in range(0, resamples, block)
+    numbers: dict[Hashable, int] = {}
+    places = [
+        numbers.setdefault(cluster, len(numbers)) for cluster in (range(len(array)) if clusters is None else clusters)
     ]
+    if len(places) != len(array):
+        raise ValueError(f"expected a cluster for each of {len(array)} values, got {len(places)}")
+    sums, counts = np.bincount(places, array), np.bincount(places)
+    random = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // len(sums))  # bounds the memory of the index matrix
+    means = []
+    for start in range(0, resamples, block):
+        drawn = random.integers(len(sums), size=(min(block, resamples - start), len(sums)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Interval(float(array.mean()), float(low), float(high))
 
@@ -94,6 +111,11 @@ def reason(trajectory: Trajectory) -> str:
     return ", ".join(name for name, passed in trajectory.outcome.checks.items() if not passed) or "goal not reached"
 
 
+def failures(trajectories: Iterable[Trajectory]) -> dict[str, int]:
+    """Failed tasks by reason, most frequent first."""
+    return dict(Counter(reason(trajectory) for trajectory in trajectories if not succeeded(trajectory)).most_common())
+
+
 def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
     """Everything about one arm on one split except its latency, which batching would blur."""
     turns = [message for trajectory in trajectories for message in trajectory.messages]
@@ -102,7 +124,6 @@ def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
     invalid = sum(turn.error in INVALID for turn in turns)
     unread = sum(turn.error == "malformed_call" for turn in steps)
     truncated = sum(turn.error == "truncated" for turn in steps)
-    failures = Counter(reason(trajectory) for trajectory in trajectories if not succeeded(trajectory))
     return Score(
         tasks=len(trajectories),
         success=bootstrap([float(succeeded(trajectory)) for trajectory in trajectories], seed=seed),
@@ -112,7 +133,7 @@ def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
         steps=len(steps) / max(1, len(trajectories)),
         prompt_tokens=_mean(turn.prompt_tokens for turn in steps),
         completion_tokens=_mean(len(turn.token_ids) for turn in steps if turn.token_ids is not None),
-        failures=dict(failures.most_common()),
+        failures=failures(trajectories),
     )
 
 

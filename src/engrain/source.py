@@ -32,11 +32,13 @@ def open_source(path: Path) -> Source:
     """A workflow, or a file of trajectories. Raises `InputError`."""
     if path.suffix == ".jsonl":
         return Source(path, None, "")
-    workflow = load_workflow(path)
+    return Source(path, load_workflow(path), code_digest(path))
+
+
+def code_digest(path: Path) -> str:
+    """Of a file, or of a directory's Python and Markdown."""
     files = sorted(file for file in path.rglob("*") if file.suffix in (".py", ".md")) if path.is_dir() else [path]
-    return Source(
-        path, workflow, text_digest("".join(f"{file.relative_to(path)} {file_digest(file)}\n" for file in files))
-    )
+    return text_digest("".join(f"{file.relative_to(path)} {file_digest(file)}\n" for file in files))
 
 
 def given_trajectories(source: Source, data: Path | None) -> list[Trajectory]:

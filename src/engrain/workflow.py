@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,16 +112,23 @@ def load_workflow(path: Path) -> Workflow:
         raise WorkflowError(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
+    with importing(file):
         spec.loader.exec_module(module)
-    except WorkflowError:
-        raise
-    except Exception as error:
-        where = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
-        raise WorkflowError(f"{file}: {where}{type(error).__name__}: {error}") from error
     workflow = getattr(module, "workflow", None)
     if not isinstance(workflow, Workflow):
         raise WorkflowError(
             f"{file}: expected a module-level `workflow = Workflow(...)`, got {type(workflow).__name__}"
         )
     return workflow
+
+
+@contextmanager
+def importing(file: Path) -> Iterator[None]:
+    """Whatever the user's code raises within the block is a `WorkflowError` that names the file."""
+    try:
+        yield
+    except WorkflowError:
+        raise
+    except Exception as error:
+        where = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        raise WorkflowError(f"{file}: {where}{type(error).__name__}: {error}") from error

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from engrain.cli.agents import AgentPath, WorkflowPath, attached
-from engrain.cli.sources import Json
-from engrain.errors import ModelError
+from engrain.cli.sources import Interrupted, Json
+from engrain.errors import InputError, ModelError
 
-base = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect a base.")
+base = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect and measure a base.")
 
 
 def evaluate(
@@ -52,6 +54,47 @@ def evaluate(
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@base.command("probe")
+def probe(
+    path: Annotated[Path | None, typer.Argument(help="A base directory; by default the bundled one.")] = None,
+    suite: Annotated[Path | None, typer.Option(help="A directory with probes.py; by default recipes/worlds.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Tasks for each probe, all seeds together.", min=1)] = 510,
+    seeds: Annotated[int, typer.Option(help="How many seeds these come from.", min=1)] = 3,
+    probes: Annotated[str, typer.Option(help="Which of the suite's probes; by default all.")] = "",
+    parallel: Annotated[int, typer.Option(help="Tasks at a time in each process.", min=1)] = 16,
+    processes: Annotated[int, typer.Option(help="By default one a core.", min=1)] = os.cpu_count() or 1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for report and trajectories.")] = Path(
+        "report"
+    ),
+    json: Json = False,
+) -> None:
+    """Measure what a base can do with the context in its prompt. Interrupted, the same command goes on."""
+    from engrain import probe as probing
+    from engrain.agent import bundled_base
+    from engrain.cli import terminal
+    from engrain.evaluate import REPORT, TABLE
+    from engrain.source import code_digest
+
+    if suite is None and not probing.SUITE.is_dir():
+        raise InputError("this copy of engrain has no suite; give one with --suite, such as recipes/worlds of the "
+                         "repository")  # fmt: skip
+    suite = suite or probing.SUITE
+    terminal.quiet()
+    chosen = probing.chosen(probing.load_suite(suite), _listed(probes))
+    subject = probing.subject(path or bundled_base())
+    plan = probing.Plan(math.ceil(n / seeds), seeds, parallel, processes)
+    try:
+        with terminal.evaluating() as progress:
+            report = probing.probe(subject, chosen, code_digest(suite), plan, output, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; finished probes lie in {output}, the same command goes on") from None
+    if json:
+        terminal.print_json(report.to_dict())
+    else:
+        terminal.print_table(report.headings, report.rows(), report.notes())
+        typer.echo(f"written: {output / REPORT}, {output / TABLE}")
 
 
 @base.command("show")
