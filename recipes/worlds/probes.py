@@ -160,40 +160,43 @@ def _rng(place: Place, task: Task) -> random.Random:
 
 LONG = Budget(steps=128, completion_tokens=32_768, seconds=float("inf"))
 
-suite = (
+suite = (  # the gates are those of a base of the size that two cores train
     Capability(
         "copy",
         "the next turn, after a history that the teacher wrote, calls with the right identifiers",
         partial(trials, TRAINED, copying),
+        Gate(least=0.97),
     ),
     Capability(
         "compare",
         "the next turn says rightly whether a number or date is over a rule's limit, and what follows; half are over",
         partial(trials, TRAINED, comparing),
+        Gate(least=0.92),
     ),
     Capability(
         "tenants",
         "whole tasks of unseen tenants in unseen worlds of trained families",
         partial(trials, TRAINED, whole),
-        Gate(least=0.95),
+        Gate(least=0.8),
     ),
     Capability(
         "families",
         "whole tasks of the families that are held out",
         partial(trials, HELD_OUT, whole),
-        Gate(least=0.9),
+        Gate(least=0.5),
     ),
     Capability(
         "edit",
         "whole tasks of `tenants` after an edit of one line of the profile that changes what is right",
         partial(trials, TRAINED, edited),
+        Gate(least=0.75),
         before="tenants",
     ),
     Capability(
         "long40",
         "whole tasks of at least 40 calls, as `tenants`",
         partial(trials, TRAINED, whole, split="long40"),
-        Gate(least=0.9),
+        Gate(least=0.65),
         budget=LONG,
     ),
     Capability(
