@@ -66,7 +66,7 @@ OnRecord = Callable[[RecordReport], None]
 class CompileConfig:
     """The main dial is `tokens`; everything else follows or has a default that works for small bases."""
 
-    tokens: int = 13_000_000
+    tokens: int = 10_000_000
     """Tokens to train on."""
     to: Literal["lora", "full"] = "lora"
     rank: int = 32
