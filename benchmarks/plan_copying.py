@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "base"))
 
-import data
 import make
+from worlds.trajectories import Depths, trajectories
 
 from engrain.model import load_base
 from engrain.score import bootstrap
@@ -50,13 +50,17 @@ def quotes(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Quotes
     head = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert isinstance(head, str)
     ids, spans = ids_of(f"{head}<think>"), list[tuple[int, int]]()
-    for line in plan.reasoning.splitlines():
+    for line in planned(plan.reasoning):
         mark, said = line.split(" = ")[0].split(" ", 1)
         ids += ids_of(mark)
         said_ids = ids_of(f" {said}")
         spans.append((len(ids) + 1, len(ids) + len(said_ids)))
         ids += said_ids + ids_of(f"{line[len(mark) + 1 + len(said) :]}\n")
     return Quotes(ids, spans)
+
+
+def planned(notes: str) -> list[str]:
+    return [line for line in notes.splitlines() if line.startswith("(") and " = " in line]
 
 
 def rights(model: PreTrainedModel, requests: list[Quotes]) -> list[list[list[bool]]]:
@@ -78,15 +82,16 @@ def main(
     n: Annotated[int, typer.Option("-n", help="requests")] = 40,
     seed: int = 990,
 ) -> None:
-    mix = data.Mix(full=0, rules=0, many=1.0, faults=0, drills=0)
-    long = (t for t in data.trajectories(seed, 3 * n, mix) if t.messages[2].reasoning.count("\n") + 1 >= LONG)
-    drawn = list(islice(long, n))
+    depths = Depths(full=0, part=1, many=0, long=1, faults=0)
+    drawn = list(
+        islice((t for t in trajectories(seed, 3 * n, depths) if len(planned(t.messages[2].reasoning)) >= LONG), n)
+    )
     table = Table("base", "tokens right %", "lines exact %", "requests exact %", "requests", "lines")
     for path in bases:
         base = load_base(path)
         arms = [(str(path), base.model)]
         if start:
-            arms.append(("untrained start", make.initial_model(base.tokenizer, make.Recipe(1))))
+            arms.append(("untrained start", make.initial_model(base.tokenizer, make.SIZES["cpu"])))
         for name, model in arms:
             found = rights(model, [quotes(trajectory, base.tokenizer) for trajectory in drawn])
             tokens = [sum(map(sum, request)) / sum(map(len, request)) for request in found]
