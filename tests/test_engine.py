@@ -37,7 +37,7 @@ from engrain.renderer import Renderer
 from engrain.task import Task
 from engrain.tool import Tool
 from engrain.trajectory import Message, ToolCall, Trajectory
-from engrain.turn import Request, Sampling
+from engrain.turn import Lookup, Request, Sampling
 from engrain.workflow import Phase
 
 torch.set_num_threads(1)
@@ -154,6 +154,29 @@ def test_forcing_saves_passes() -> None:
     engine = make(sampling=RANDOM)
     completion = engine.decode([Request([1, 2, 3], renderer().grammar(TOOLS, answer=False), 300)])[0]
     assert completion.error == "" and engine.passes < len(completion.ids)
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_change_no_token(kind: str, constrained: bool) -> None:
+    """A random model repeats itself sooner or later, so that drafts are taken and refused."""
+    plain, drafting = make(kind, draft=0), make(kind)
+    without, with_drafts = (engine.decode(requests(constrained, max_new=120)) for engine in (plain, drafting))
+    assert [one.ids for one in with_drafts] == [one.ids for one in without]
+    for one, other in zip(with_drafts, without, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4) and one.error == other.error
+    if not constrained:
+        assert drafting.passes < plain.passes
+
+
+def test_a_draft_is_what_followed_the_longest_run_last() -> None:
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 9, 3, 4, 7, 8, 1, 2, 3])
+    lookup.extend([4])
+    assert lookup.draft(3) == [5, 6, 9]  # four tokens matched, though two of them came again later
+    lookup.extend([0])
+    assert lookup.draft(3) == []
+    lookup.extend([3, 4])
+    assert lookup.draft(9) == [0, 3, 4]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,8 +1,9 @@
 """Decoding: the compiled agent as a `Policy`.
 
 Each episode keeps its line in the KV cache from turn to turn: a turn encodes only what its prompt adds to it. All
-episodes of a round decode together, one forward pass a step, and drop out as their turns end. Invariant: a line's
-tokens depend on its own prompt, grammar and seed, never on its neighbours.
+episodes of a round decode together, one forward pass a step, and drop out as their turns end. Greedy decoding drafts
+what comes next from what followed the same tokens before, and keeps what the model would have chosen. Invariant: a
+line's tokens depend on its own prompt, grammar and seed, never on its neighbours nor on drafts.
 
 What is not covered: recurrent or chunked attention layers, and rotary embeddings whose frequencies change with the
 length (`dynamic`, `longrope`); such bases are refused. Keys and values outside a sliding window are kept in memory.
@@ -24,16 +25,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engrain.adapter import Adapter, merge
 from engrain.constrain import Grammars, choose, draw, forced
 from engrain.errors import EngrainError, ModelError
-from engrain.kv_cache import KVCache, Line, Step, attending, common_prefix
+from engrain.kv_cache import WIDEST_TOGETHER, KVCache, Line, Step, attending, common_prefix
 from engrain.model import adapted
 from engrain.policy import Episode
 from engrain.renderer import Renderer
 from engrain.tool import Tool
 from engrain.trajectory import Message
-from engrain.turn import GREEDY, LONGEST_TURN, Completion, Request, Sampling, Turn
+from engrain.turn import GREEDY, LONGEST_TURN, Completion, Lookup, Request, Sampling, Turn
 
 SHORTEST_SHARED = 32
 """Prefixes at least this long are copied from another line rather than encoded."""
+LONGEST_DRAFT = 10
+"""Tokens that are guessed ahead."""
 MOST_AT_ONCE = 8192
 """New tokens in one pass; longer extensions take several."""
 
@@ -56,13 +59,14 @@ class Engine:
         parallel: int = 16,
         max_context: int = 4096,
         sampling: Sampling = GREEDY,
+        draft: int = LONGEST_DRAFT,
     ) -> None:
         _require_supported(base_model)
         self.model, self._adapted = _with_adapter(base_model, adapter, hooked)
         self._adapted.__enter__()
         self.model.eval()
         self.renderer, self.tokenizer, self.sampling = renderer, tokenizer, sampling
-        self.parallel = parallel
+        self.parallel, self.draft = parallel, draft if sampling.temperature <= 0 else 0
         self.max_context = min(max_context, getattr(self.model.config, "max_position_embeddings", max_context))
         self.stops = frozenset(renderer.stop_ids)
         self.vocabulary = cast(nn.Linear, self.model.get_output_embeddings()).out_features
@@ -154,6 +158,7 @@ class Engine:
         matcher = self.grammars.matcher(request.grammar) if request.grammar is not None else None
         limit = min(request.max_new, self.max_context - len(prompt))
         turn = Turn(prompt, line, matcher, limit, f"{self.sampling.seed}:{request.seed}", fresh)
+        turn.lookup = Lookup(prompt) if self.draft else None
         turn.append(forced(matcher), self.stops)
         return turn
 
@@ -193,31 +198,60 @@ class Engine:
                 pending -= len(part)
 
     def _advance(self, turns: Sequence[Turn]) -> None:
-        """One pass: encode what each turn lacks, then choose the next token of those that go on."""
-        choosing = [turn for turn in turns if turn.open]
-        allowed = self.grammars.allowed([turn.matcher for turn in choosing], self.device)
+        """One pass: encode what each turn lacks and a draft of what follows, then choose for those that go on."""
         feeds = [turn.feed() for turn in turns]
+        drafts = [self._draft(turn, len(feed)) for turn, feed in zip(turns, feeds, strict=True)]
         keep: list[int] = []  # positions in the flat stream whose logits we want ...
-        tokens: list[int] = []  # ... and the token that follows each, where it is known already
-        ends: list[int] = []
+        tokens: list[int] = []  # ... and the token that follows each, where it is known already, or guessed
+        starts: list[int] = []
         total = 0
-        for turn, feed in zip(turns, feeds, strict=True):
-            total += len(feed)
+        for turn, feed, draft in zip(turns, feeds, drafts, strict=True):
             waiting = turn.ids[len(turn.logprobs) :]
-            keep += range(total - len(waiting) - turn.open, total)
-            tokens += waiting + [0] * turn.open
-            ends.append(len(tokens))
+            starts.append(len(tokens))
+            total += len(feed)
+            keep += range(total - len(waiting) - turn.open, total + len(draft))
+            tokens += waiting + draft + [0] * turn.open
+            total += len(draft)
+            feed += draft
         logits = self._encode([turn.line for turn in turns], feeds, keep).float()
+        preferred = logits.argmax(dim=-1).tolist() if any(drafts) else []
+        ends: list[int] = []
+        choosing: dict[int, Turn] = {}  # by the row of its logits
+        for turn, start, draft in zip(turns, starts, drafts, strict=True):
+            row = start + len(turn.ids) - len(turn.logprobs)
+            taken, free = self._accept(turn, draft, preferred[row : row + len(draft)])
+            if free:
+                choosing[row + taken] = turn
+            ends.append(row + taken + free)
         after = torch.tensor(tokens, device=logits.device)
         if choosing:
-            rows = [end - 1 for turn, end in zip(turns, ends, strict=True) if turn.open]
-            after[rows] = self._choose(logits[rows], allowed, choosing)
+            allowed = self.grammars.allowed([turn.matcher for turn in choosing.values()], self.device)
+            after[list(choosing)] = self._choose(logits[list(choosing)], allowed, list(choosing.values()))
         logprobs = (logits.gather(-1, after[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist()
-        tokens = after.tolist()
-        for turn, start, end in zip(turns, [0, *ends], ends, strict=False):
+        for turn, start, end in zip(turns, starts, ends, strict=True):
             turn.logprobs += logprobs[start:end]
-            if turn.open:
-                self._take(turn, tokens[end - 1])
+            del turn.line.ids[len(turn.prompt) + len(turn.logprobs) - 1 :]  # what was refused
+        for row, turn in choosing.items():
+            self._take(turn, int(after[row]))
+
+    def _draft(self, turn: Turn, feed: int) -> list[int]:
+        """A guess for a turn that feeds so many tokens; none beside a long feed, which is a pass of its own kind."""
+        return turn.draft(min(self.draft, WIDEST_TOGETHER - feed), self.stops) if feed < WIDEST_TOGETHER else []
+
+    def _accept(self, turn: Turn, draft: Sequence[int], preferred: Sequence[int]) -> tuple[int, bool]:
+        """Take a draft's first tokens as long as they are `preferred` or forced: how many, and whether one is to be
+        chosen after them."""
+        taken = 0
+        while taken < len(draft) and draft[taken] == preferred[taken]:
+            run = [draft[taken]]
+            if turn.matcher is not None:
+                turn.matcher.consume_token(draft[taken])
+                run += forced(turn.matcher)
+            turn.append(run, self.stops)
+            if run != draft[taken : taken + len(run)]:
+                return taken + 1, False
+            taken += len(run)
+        return taken, turn.open
 
     def _choose(
         self, logits: Float[Tensor, "turns vocabulary"], allowed: Bool[Tensor, "turns vocabulary"] | None,
