@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from engrain.agent import Agent
 from engrain.errors import InputError
 from engrain.files import replacing
 from engrain.policy import Policy
-from engrain.rollout import Budget, rollout
+from engrain.rollout import UNTIMED, Budget, rollout
 from engrain.score import Interval, Score, paired_difference, score, successes
 from engrain.trajectory import Trajectory, read_trajectories, write_trajectories
 from engrain.workflow import Instructions, Workflow
@@ -56,7 +56,7 @@ class Plan:
     latency_tasks: int = 10
     seed: int = 1000
     parallel: int = 16
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = UNTIMED
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from engrain.parallel import merged
 from engrain.policy import Episode, Policy
 from engrain.record import complete_runs, partial_path
 from engrain.renderer import Renderer
-from engrain.rollout import Budget, rollouts
+from engrain.rollout import UNTIMED, Budget, rollouts
 from engrain.score import Interval, bootstrap, failures, succeeded
 from engrain.task import Task
 from engrain.trajectory import Message, Outcome, Trajectory
@@ -38,8 +38,6 @@ from engrain.workflow import Instructions, Workflow, importing
 
 SUITE = Path(__file__).resolve().parents[2] / "recipes" / "worlds"
 """The default suite: in the repository, not in the package."""
-UNTIMED = Budget(seconds=math.inf)
-"""What is right does not depend on how busy the machine is."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,10 @@ class Budget:
         return sum(message.seconds or 0.0 for message in trajectory.messages) >= self.seconds
 
 
+UNTIMED = Budget(seconds=86_400.0)
+"""For measurements: success must not depend on how busy the machine is, nor on what else is in the batch."""
+
+
 @dataclass
 class _Running:
     """A tool call in flight."""
