@@ -121,12 +121,16 @@ def test_the_model_copies_without_training(draw):
 def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "PER_CHUNK", 20)
     monkeypatch.setattr(make, "TOKENIZER_TRAJECTORIES", 60)
+    monkeypatch.setattr(make, "WATCHED", {"copy": 2})
+    monkeypatch.setattr(make, "WATCH_EVERY", 1)
+    monkeypatch.setattr(make, "measure", lambda base, suite, tasks, seed: {one.name: tasks / 8 for one in suite})
     make.main(tmp_path / "base", tokens=3000, work=tmp_path / "work", processes=1, layers=3)
     base = load_base(tmp_path / "base")
     assert base.tokenizer.chat_template and base.model.config.num_hidden_layers == 3
     card = (tmp_path / "base" / "README.md").read_text()
     assert "--size cpu --tokens 3000 --seed 0" in card and "apache-2.0" in card
     assert all(f"| {stage.name} |" in card for stage in data.STAGES)
+    assert "| stage | tokens | loss | copy |" in card and card.count("| 25 |") >= len(data.STAGES)
 
 
 def test_both_sizes_are_as_large_as_they_say():

@@ -24,10 +24,13 @@ from data import STAGES, Stage, english_texts, rows
 from induction import write_induction_heads
 from safetensors.numpy import load_file, save_file
 from tokenizer import train_tokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from worlds.probes import suite
 
 from engrain.files import replacing, replacing_directory
+from engrain.learner import Probe
 from engrain.model import Base, load_base, save_base
+from engrain.probe import chosen, measure
 from engrain.renderer import Renderer, Row
 from engrain.train import TrainConfig, train
 from engrain.trajectory import Trajectory
@@ -35,6 +38,10 @@ from engrain.trajectory import Trajectory
 MAX_TOKENS = 16_384
 PER_CHUNK = 500
 TOKENIZER_TRAJECTORIES = 3000
+WATCHED = {"copy": 32, "compare": 32, "tenants": 16, "families": 16}
+"""Probes that are run during training, on so many tasks."""
+WATCH_EVERY, WATCH_SEED = 1000, 9
+"""In steps; the seed is none of those that are reported."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,34 @@ def initial_model(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaFo
     return model
 
 
+def watch(tokenizer: PreTrainedTokenizerBase) -> Probe:
+    """The share of right answers to a few tasks of each watched probe."""
+
+    def look(step: int, model: PreTrainedModel) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, tasks in WATCHED.items():
+            found |= measure(Base(model, tokenizer), chosen(suite, [name]), tasks, WATCH_SEED)
+        return found
+
+    return look
+
+
+def curves(work: Path) -> str:
+    """Loss and watched probes, a line each time that they were looked at."""
+    lines = ""
+    for stage in STAGES:
+        losses: list[float] = []
+        for line in (work / stage.name / "metrics.jsonl").read_text().splitlines():
+            at = json.loads(line)
+            if "loss" in at:
+                losses.append(at["loss"])
+            else:
+                shares = " | ".join(f"{100 * at[name]:.0f}" for name in WATCHED)
+                mean = sum(losses[-50:]) / len(losses[-50:])
+                lines += f"| {stage.name} | {at['tokens']:,} | {mean:.4f} | {shares} |\n"
+    return lines
+
+
 def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: int, english: Path | None) -> Base:
     """The base after one stage, in fp32, with `result.json` beside it."""
     stage, folder = STAGES[number], work / f"{STAGES[number].name}.base"
@@ -188,9 +223,10 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
             lr=recipe.lr * stage.lr,
             final=stage.final,
             seed=recipe.seed,
+            probe_every_steps=WATCH_EVERY,
             threads=2,
         )
-        result = train(base, None, kept, config, work / stage.name)
+        result = train(base, None, kept, config, work / stage.name, probe=watch(base.tokenizer))
         counts = {"rows": len(kept), "generated": len(kept.ids), "trained": int(kept.mask.sum())}
         with replacing(work / stage.name / "result.json") as file:
             json.dump(asdict(result) | counts, file)
@@ -231,6 +267,12 @@ start as induction heads (`recipes/base/induction.py`), so that it can copy line
 | stage | rows made | their tokens | with loss | tokens trained on | steps | loss, nats a trained token | minutes |
 |---|---|---|---|---|---|---|---|
 {stages}
+Watched during training: the mean loss of 50 steps, and the share of right answers in % to so many tasks of each probe:
+{", ".join(f"{tasks} {name}" for name, tasks in WATCHED.items())}.
+
+| stage | tokens | loss | {" | ".join(WATCHED)} |
+|---|---|---|{"---|" * len(WATCHED)}
+{curves(work)}
 {settings}
 """
 
