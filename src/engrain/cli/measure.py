@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,14 +35,14 @@ def evaluate(
     from engrain import evaluate as evaluation
     from engrain.agent import load_agent
     from engrain.cli import terminal
-    from engrain.rollout import Budget
+    from engrain.rollout import UNTIMED
 
     loaded, other = load_agent(agent), load_agent(full) if full else None
     names = _listed(arms) or evaluation.default_arms(loaded, other)
     terminal.quiet()
     source = attached(agent / loaded.manifest.source, workflow)
     splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
-    plan = evaluation.Plan(splits, n, latency, seed, parallel, Budget(steps=steps))
+    plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps))
     with terminal.evaluating() as progress:
         chosen = evaluation.agent_arms(names, loaded, other, source)
         report = evaluation.evaluate(source, chosen, plan, output, progress)
