@@ -37,14 +37,14 @@ class Stage:
     """Where the learning rate starts, as a share of the recipe's; it falls as a cosine."""
     final: float = 1.0
     """What it falls to, as a share of where it started."""
-    batch_tokens: int = 6144
+    batch_tokens: int = 4096
     longest: int = 4096
     """Longer rows are left out."""
 
 
 STAGES = (
-    Stage("drills", 0.1, drills=0.9, depths=Depths(small=1.0)),
-    Stage("context", 0.65, drills=0.25, depths=Depths(small=0.6, many=0.3), final=0.5),
+    Stage("drills", 0.1, drills=0.9, depths=Depths(small=1.0), batch_tokens=3072),
+    Stage("context", 0.65, drills=0.25, depths=Depths(small=0.6, many=0.3), final=0.5, batch_tokens=4096),
     Stage(
         "anneal",
         0.25,
@@ -52,7 +52,7 @@ STAGES = (
         depths=Depths(full=0.6, part=0.3, small=0.3, many=0.2, long=0.15, faults=0.4),
         lr=0.5,
         final=0.05,
-        batch_tokens=16_384,
+        batch_tokens=12_288,
         longest=12_288,
     ),
 )

@@ -54,7 +54,7 @@ class Recipe:
     vocabulary: int = 4096
     width: int = 192
     layers: int = 6
-    lr: float = 1.5e-3
+    lr: float = 6e-4
     batch: int = 1
     """Multiplies the stages' batches."""
     initializer_range: float = 0.04
@@ -81,7 +81,7 @@ class Recipe:
 
 SIZES = {
     "cpu": Recipe(tokens=48_000_000),
-    "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, lr=1e-3, batch=16),
+    "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, batch=16),
 }
 """`cpu`: 3.4M parameters, about four hours on two cores. `gpu`: 21M parameters."""
 
