@@ -17,7 +17,7 @@ from worlds.drills import drills
 @pytest.fixture(scope="module")
 def drilled():
     by_kind: dict[str, list[tuple[str, str, str]]] = {}
-    for drill in drills(5, 120, english=["One two three.", "Four five."]):
+    for drill in drills(5, 120, english=English(("One two three.", "Four five."), ("seven", "eight"))):
         system, asked, answer = (message.content for message in drill.messages)
         by_kind.setdefault(drill.kind, []).append((system, asked, answer))
     assert set(by_kind) == {"decide", "route", "steps", "rules", "compare", "repeat"}

@@ -8,19 +8,18 @@ come long requests, faulty tools and large worlds, while the learning rate falls
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from engrain.trajectory import Trajectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from worlds.disguise import DISGUISED
 from worlds.drills import drills
+from worlds.english import NONE, English
 from worlds.trajectories import Depths, trajectories
 
 
@@ -43,13 +42,13 @@ class Stage:
 
 
 STAGES = (
-    Stage("drills", 0.1, drills=0.9, depths=Depths(small=1.0), batch_tokens=3072),
-    Stage("context", 0.65, drills=0.25, depths=Depths(small=0.6, many=0.3), final=0.5, batch_tokens=4096),
+    Stage("drills", 0.1, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
+    Stage("context", 0.65, drills=0.25, depths=Depths(small=0.75, many=0.3, disguised=DISGUISED), final=0.5, batch_tokens=4096),
     Stage(
         "anneal",
         0.25,
         drills=0.1,
-        depths=Depths(full=0.6, part=0.3, small=0.3, many=0.2, long=0.15, faults=0.4),
+        depths=Depths(full=0.6, part=0.3, small=0.3, many=0.2, long=0.15, faults=0.4, disguised=DISGUISED),
         lr=0.5,
         final=0.05,
         batch_tokens=12_288,
@@ -58,34 +57,8 @@ STAGES = (
 )
 
 
-def rows(stage: Stage, seed: int, count: int, english: Sequence[str] = ()) -> Iterator[Trajectory]:
+def rows(stage: Stage, seed: int, count: int, english: English = NONE) -> Iterator[Trajectory]:
     """`count` drills and trajectories, the same for the same seed."""
     drilled = round(count * stage.drills)
     yield from drills(seed, drilled, english)
-    yield from trajectories(seed, count - drilled, stage.depths)
-
-
-@cache
-def english_texts(folder: Path | None) -> list[str]:
-    """Utterances of STAR (MIT) and Taskmaster-4 (CC BY 4.0), so that there are English words; none without a folder."""
-    return [] if folder is None else list(_utterances(folder))
-
-
-def _utterances(folder: Path) -> Iterator[str]:
-    for name in ("star", "taskmaster4"):
-        with gzip.open(folder / name / "dialogues.jsonl.gz", "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield from _strings(json.loads(line))
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        if " " in value:
-            yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key.lower() in ("text", "utterance") or isinstance(item, (dict, list)):
-                yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+    yield from trajectories(seed, count - drilled, stage.depths, lexicon=english.words)

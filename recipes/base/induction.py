@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import LlamaForCausalLM
 
-CONTENT = 20
+CONTENT = 30
 """Dimensions in which a token is recognised."""
 SLOW = 12
 """Rotary pairs from here on turn so slowly that distance hardly changes a match."""
-RECENT = range(4, 17)
+RECENT = range(3, 12)
 """Rotary pairs whose sum falls with the logarithm of the distance, over 6 to 1,000 tokens."""
-LOOK_BACK, MATCH, WRITE, COPY = 8.0, 3.0, 0.12, 0.3
+LOOK_BACK, MATCH, WRITE, COPY = 12.0, 3.0, 0.12, 0.3
 NEARNESS, NEWLINE, LINE, LINE_MATCH = 50.0, 124.0, 0.3, 0.5
 
 

@@ -20,11 +20,12 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from data import STAGES, Stage, english_texts, rows
+from data import STAGES, Stage, rows
 from induction import write_induction_heads
 from safetensors.numpy import load_file, save_file
 from tokenizer import train_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from worlds.english import english_of
 from worlds.probes import suite
 
 from engrain.files import replacing, replacing_directory
@@ -72,7 +73,7 @@ class Recipe:
             max_position_embeddings=MAX_TOKENS,
             tie_word_embeddings=True,
             initializer_range=self.initializer_range,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e9},
             pad_token_id=pad,
             eos_token_id=stop,
             bos_token_id=None,
@@ -80,7 +81,7 @@ class Recipe:
 
 
 SIZES = {
-    "cpu": Recipe(tokens=48_000_000),
+    "cpu": Recipe(tokens=40_000_000),
     "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, batch=16),
 }
 """`cpu`: 3.4M parameters, about four hours on two cores. `gpu`: 21M parameters."""
@@ -121,10 +122,13 @@ def make_tokenizer(work: Path, recipe: Recipe, english: Path | None) -> PreTrain
     if not folder.exists():
         seed = recipe.seed * 100_000
         texts = [
-            text for stage in STAGES for one in rows(stage, seed, TOKENIZER_TRAJECTORIES // 3) for text in texts_of(one)
+            text
+            for stage in STAGES
+            for one in rows(stage, seed, TOKENIZER_TRAJECTORIES // 3, english_of(english))
+            for text in texts_of(one)
         ]
         with replacing_directory(folder) as aside:
-            train_tokenizer(texts + english_texts(english), recipe.vocabulary).save_pretrained(aside)
+            train_tokenizer([*texts, *english_of(english).texts], recipe.vocabulary).save_pretrained(aside)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -133,7 +137,7 @@ def _render(work: Path, seed: int, stage: Stage, least: float, english: Path | N
     ids: list[int] = []
     mask: list[bool] = []
     starts = [0]
-    for trajectory in rows(stage, seed, PER_CHUNK, english_texts(english)):
+    for trajectory in rows(stage, seed, PER_CHUNK, english_of(english)):
         for row in renderer.rows(trajectory):
             if len(row.ids) <= stage.longest and sum(row.mask) >= least * len(row.ids):
                 ids += row.ids
@@ -242,7 +246,7 @@ def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool) 
         counts = " | ".join(f"{one[name]:,}" for name in ("rows", "generated", "trained", "tokens", "steps"))
         stages += f"| {stage.name} | {counts} | {one['loss']:.4f} | {one['seconds'] / 60:.0f} |\n"
     words = (
-        "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances, for the tokenizer and to be repeated in drills"
+        "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances, for the tokenizer, to be repeated in drills, and for other words"
         if english
         else "none"
     )

@@ -19,7 +19,9 @@ from engrain.task import Task
 from engrain.trajectory import Message, Trajectory
 from worlds.catalogue import TRAINED, family
 from worlds.clerk import Clerk, mark, plan
-from worlds.language import compared, date_of
+from worlds.disguise import DISGUISED, disguised
+from worlds.english import NONE, English
+from worlds.language import compared, date_of, made_up
 from worlds.spec import Jump, Ref, Stop
 from worlds.store import Store
 from worlds.tasks import Rules, make_task, write_rules
@@ -61,23 +63,26 @@ class Desk:
 
 
 def drills(
-    seed: int, count: int, english: Sequence[str] = (), families: Sequence[str] = TRAINED
+    seed: int, count: int, english: English = NONE, families: Sequence[str] = TRAINED
 ) -> Iterator[Trajectory]:
     """`count` drills; the same for the same seed."""
     rng = random.Random(f"drills/{seed}")
 
     def desk(size: tuple[int, int]) -> Desk:
-        world = draw(family(rng.choice(families)), rng.randrange(10**9), size)
+        of = family(rng.choice(families))
+        if rng.random() < DISGUISED:
+            of = disguised(of, rng, english.words)
+        world = draw(of, rng.randrange(10**9), size)
         ((tenant, said),) = tenants(world, rng.randrange(10**9), 1).items()
         return Desk(world, tenant, said, rng)
 
     kinds: dict[str, tuple[int, Callable[[], Drill]]] = {
         "decide": (4, lambda: decide(desk((1, 4)))),
         "route": (3, lambda: route(desk(KINDS))),
-        "steps": (1, lambda: steps(desk((2, 6)))),
+        "steps": (2, lambda: steps(desk((2, 6)))),
         "rules": (2, lambda: rules(desk(KINDS))),
         "compare": (1, lambda: compare(rng)),
-        "repeat": (2, lambda: repeat(rng, english)),
+        "repeat": (3, lambda: repeat(rng, english)),
     }
     for number in range(count):
         kind = rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
@@ -199,12 +204,15 @@ def _number(said: int | str) -> int:
     return said if isinstance(said, int) else int(said.replace("-", ""))
 
 
-def repeat(rng: random.Random, english: Sequence[str]) -> Drill:
-    """Sentences, if there are any, and codes to be said again. The codes share digits, so a short match misleads."""
+def repeat(rng: random.Random, english: English) -> Drill:
+    """Sentences and words, if there are any, made-up words and codes, to be said again. The codes share digits, so a
+    short match misleads."""
     digits = rng.sample("0123456789", 3)
     words: list[str] = []
     while len(words) < WORDS:
-        words += rng.choice(english).split() if english else ()
+        words += rng.choice(english.texts).split() if english.texts else ()
+        words += rng.choices(english.words, k=5) if english.words else ()
+        words += [made_up(rng) for _ in range(2)]
         words += ["".join((rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ"), *rng.choices(digits, k=4))) for _ in range(3)]
     text = " ".join(words[:WORDS])
     return "You practise.", f"Repeat: {text}", text

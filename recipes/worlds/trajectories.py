@@ -14,6 +14,7 @@ from engrain.task import Task
 from engrain.trajectory import Message, Trajectory
 from engrain.workflow import Workflow
 from worlds.catalogue import TRAINED, family
+from worlds.disguise import disguised
 from worlds.tasks import make_task, walk
 from worlds.workflow import tenants, workflow
 from worlds.world import KINDS, draw
@@ -40,19 +41,27 @@ class Depths:
     long: float = 0.0
     """Share of tasks with 10 to 24."""
     per_world: int = 6
+    disguised: float = 0.0
+    """Share of worlds that are in other words than their family's, but for those that come back."""
 
 
 def trajectories(
-    seed: int, count: int, depths: Depths = Depths(), families: Sequence[str] = TRAINED
+    seed: int,
+    count: int,
+    depths: Depths = Depths(),
+    families: Sequence[str] = TRAINED,
+    lexicon: Sequence[str] = (),
 ) -> Iterator[Trajectory]:
-    """`count` successful teacher trajectories; the same for the same seed."""
+    """`count` successful teacher trajectories; the same for the same seed. Disguises take words of the lexicon."""
     rng = random.Random(f"worlds/{seed}")
     made = 0
     while made < count:
         depth = rng.choices(("full", "part", "none"), (depths.full, depths.part, 1 - depths.full - depths.part))[0]
         number = HOME + rng.randrange(depths.home) if depth == "none" else seed * 1_000_000 + made
-        name = families[number % len(families)] if depth == "none" else rng.choice(families)
-        world = draw(family(name), number, (2, 3) if depth != "none" and rng.random() < depths.small else KINDS)
+        of = family(families[number % len(families)] if depth == "none" else rng.choice(families))
+        if depth != "none" and rng.random() < depths.disguised:
+            of = disguised(of, rng, lexicon)
+        world = draw(of, number, (2, 3) if depth != "none" and rng.random() < depths.small else KINDS)
         rules = tenants(world, 0, 2)
         flow = workflow(world, rules)
         for turn in range(min(depths.per_world, count - made)):
