@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from worlds.drills import drills
+from worlds.english import English
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ class Stage:
 
 STAGES = (
     Stage("drills", 0.1, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
-    Stage("context", 0.65, drills=0.25, depths=Depths(small=0.75, many=0.3, disguised=DISGUISED), final=0.5, batch_tokens=4096),
+    Stage("context", 0.65, drills=0.25, depths=Depths(small=0.75, many=0.3, disguised=DISGUISED), final=0.5),
     Stage(
         "anneal",
         0.25,

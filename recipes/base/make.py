@@ -246,7 +246,7 @@ def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool) 
         counts = " | ".join(f"{one[name]:,}" for name in ("rows", "generated", "trained", "tokens", "steps"))
         stages += f"| {stage.name} | {counts} | {one['loss']:.4f} | {one['seconds'] / 60:.0f} |\n"
     words = (
-        "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances, for the tokenizer, to be repeated in drills, and for other words"
+        "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances: for the tokenizer, repeated in drills, as other words"
         if english
         else "none"
     )

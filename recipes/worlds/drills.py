@@ -62,9 +62,7 @@ class Desk:
         )
 
 
-def drills(
-    seed: int, count: int, english: English = NONE, families: Sequence[str] = TRAINED
-) -> Iterator[Trajectory]:
+def drills(seed: int, count: int, english: English = NONE, families: Sequence[str] = TRAINED) -> Iterator[Trajectory]:
     """`count` drills; the same for the same seed."""
     rng = random.Random(f"drills/{seed}")
 
