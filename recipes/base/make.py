@@ -56,6 +56,8 @@ class Recipe:
     width: int = 192
     layers: int = 6
     lr: float = 6e-4
+    embedding_lr: float = 0.1
+    """Faster, embeddings drift from what the written heads match on before the rest has learnt anything."""
     batch: int = 1
     """Multiplies the stages' batches."""
     initializer_range: float = 0.04
@@ -225,6 +227,7 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
             batch_tokens=stage.batch_tokens * recipe.batch,
             accumulate=1,
             lr=recipe.lr * stage.lr,
+            embedding_lr=recipe.embedding_lr,
             final=stage.final,
             seed=recipe.seed,
             probe_every_steps=WATCH_EVERY,

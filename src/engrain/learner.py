@@ -44,6 +44,8 @@ class TrainConfig:
     accumulate: int = 1
     """Batches an optimizer step."""
     lr: float = 1e-3
+    embedding_lr: float = 1.0
+    """Learning rate of input embeddings, as a share of `lr`."""
     warmup: float = 0.03
     """Share of the tokens during which the learning rate rises; then it falls as a cosine."""
     final: float = 0.1
@@ -67,7 +69,7 @@ class TrainConfig:
     """
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "accumulate", "lr"):
+        for name in ("tokens", "batch_tokens", "accumulate", "lr", "embedding_lr"):
             if getattr(self, name) <= 0:
                 raise InputError(f"training needs {name} > 0, got {getattr(self, name)}")
         if self.precision not in ("bf16", "fp32"):
@@ -113,11 +115,14 @@ class Learner:
             module = source.to(self.device)
         module.float().requires_grad_(True)
         self.trained = dict(module.named_parameters())
-        plain = {id(base.model.get_input_embeddings().weight), *(id(p) for p in self.trained.values() if p.dim() < 2)}
-        groups = [
-            {"params": [p for p in self.trained.values() if id(p) not in plain], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.trained.values() if id(p) in plain], "weight_decay": 0.0},
+        embeddings = base.model.get_input_embeddings().weight
+        groups: list[dict[str, Any]] = [
+            {"params": [], "share": 1.0, "weight_decay": config.weight_decay},
+            {"params": [], "share": 1.0, "weight_decay": 0.0},
+            {"params": [], "share": config.embedding_lr, "weight_decay": 0.0},
         ]
+        for parameter in self.trained.values():
+            groups[2 if parameter is embeddings else parameter.dim() < 2]["params"].append(parameter)
         threads = config.threads or torch.get_num_threads()
         alone = self.device.type != "cpu" or sys.platform != "linux" or _has_dropout(base.model)
         workers = 1 if alone else threads
@@ -144,7 +149,7 @@ class Learner:
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise InputError(f"loss {mean} with gradient norm {norm}; lower lr (now {lr:.2g}) and resume")
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         self.optimizer.step()
         return mean, norm
 
