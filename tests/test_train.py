@@ -176,6 +176,20 @@ def test_only_matrices_that_are_not_embeddings_decay(tmp_path: Path) -> None:
     assert shrunk == {name for name in before if "proj" in name}
 
 
+def test_embeddings_can_be_trained_more_slowly(tmp_path: Path) -> None:
+    """A first step of AdamW moves every weight that has a gradient by the learning rate."""
+    moved: dict[float, dict[str, float]] = {}
+    for share in (1.0, 0.1):
+        ours = base()
+        before = {name: parameter.detach().clone() for name, parameter in ours.model.named_parameters()}
+        config = replace(CONFIG, tokens=20, weight_decay=0.0, embedding_lr=share)
+        train(ours, None, random_rows(20), config, tmp_path / str(share))
+        named = ours.model.named_parameters()
+        moved[share] = {name: float((p.detach() - before[name]).abs().max()) for name, p in named}
+    for name, most in moved[1.0].items():
+        assert moved[0.1][name] == pytest.approx(most * (0.1 if "embed" in name else 1.0), rel=0.02)
+
+
 def test_the_caller_gets_the_model_back_as_it_was(tmp_path: Path) -> None:
     ours = base()
     torch.manual_seed(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 from worlds import catalogue  # noqa: E402
 from worlds.clerk import decide, expected  # noqa: E402
+from worlds.disguise import KEPT, disguised  # noqa: E402
 from worlds.language import key  # noqa: E402
 from worlds.spec import Jump, Stop  # noqa: E402
 from worlds.tasks import walk  # noqa: E402
@@ -99,6 +101,23 @@ def test_worlds_of_a_family_differ_and_come_back(name):
     assert next(first[2].tasks("train", 1)) == next(again[2].tasks("train", 1))
 
 
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_a_disguised_family_works_the_same_in_other_words(name):
+    family = catalogue.family(name)
+    other, again = (disguised(family, random.Random(4), ("seven", "eight")) for _ in range(2))
+    assert other == again != disguised(family, random.Random(5))
+
+    def words(of) -> set[str]:
+        return set(re.findall(r"[a-z]{4,}", " ".join([*of.records, *of.rules, *of.actions, *of.kinds]))) - KEPT
+
+    assert len(words(other)) == len(words(family)) and not words(other) & words(family)
+    assert {len(kind.steps) for kind in other.kinds.values()} == {len(kind.steps) for kind in family.kinds.values()}
+    world = draw(other, 1)
+    flow = workflow(world, tenants(world, 0, 2))
+    for run in rollout(flow, list(islice(flow.tasks("train", 1), 3)), ScriptTeacher(flow), parallel=1):
+        assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)
+
+
 def test_a_walk_is_what_a_rollout_records():
     world, _, flow = made("returns", 1)
     tasks = list(islice(flow.tasks("faults", 1), 8))
@@ -111,7 +130,8 @@ def test_a_walk_is_what_a_rollout_records():
 
 
 def test_no_trajectory_is_of_a_held_out_family():
-    named = {run.workflow.rsplit("_", 1)[0] for run in trajectories(1, 150, Depths(per_world=1))}
+    depths = Depths(per_world=1, disguised=0.5)
+    named = {run.workflow.rsplit("_", 1)[0] for run in trajectories(1, 150, depths)}
     assert len(named) > 8 and not named & set(catalogue.HELD_OUT)
 
 
