@@ -138,7 +138,7 @@ def build(start: Start, setting: Setting, seed: int) -> PreTrainedModel:
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "initializer_range": start.std,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,

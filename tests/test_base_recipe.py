@@ -23,6 +23,7 @@ import make  # noqa: E402
 from induction import write_induction_heads  # noqa: E402
 from tokenizer import train_tokenizer  # noqa: E402
 from worlds import catalogue  # noqa: E402
+from worlds.trajectories import trajectories as worlds_trajectories  # noqa: E402
 
 ANNEAL = data.STAGES[-1]
 
@@ -56,8 +57,8 @@ def test_contexts_come_in_three_depths_and_the_seed_decides(trajectories):
     assert [t.messages for t in data.rows(ANNEAL, 4, 5)] != [t.messages for t in data.rows(ANNEAL, 3, 5)]
 
 
-def test_a_call_is_few_tokens_and_numbers_are_digits(trajectories):
-    tokenizer = train_tokenizer((text for t in trajectories for text in make.texts_of(t)), 1500)
+def test_a_call_is_few_tokens_and_numbers_are_digits():
+    tokenizer = train_tokenizer((text for t in worlds_trajectories(3, 80) for text in make.texts_of(t)), 1500)
     call = '<tool_call>{"name": "get_order", "arguments": {"order_id": "A4821"}}</tool_call>'
     tokens = [str(tokenizer.decode([token])) for token in tokenizer.encode(call, add_special_tokens=False)]
     assert "".join(tokens) == call and len(tokens) <= 16
@@ -98,8 +99,8 @@ def copied(model: LlamaForCausalLM, draw: Callable[[random.Random], tuple[list[i
     return sum(hits) / len(hits)
 
 
-@pytest.mark.parametrize("draw", [repeated, marked_lines])
-def test_the_model_copies_without_training(draw):
+@pytest.mark.parametrize(("draw", "least"), [(repeated, 0.95), (marked_lines, 0.5)])
+def test_the_model_copies_without_training(draw, least):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
@@ -110,12 +111,12 @@ def test_the_model_copies_without_training(draw):
         num_key_value_heads=3,
         tie_word_embeddings=True,
         initializer_range=0.04,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e9},
     )
     model = LlamaForCausalLM(config)
     assert copied(model, draw) < 0.2
     write_induction_heads(model, NEWLINE, torch.Generator().manual_seed(0))
-    assert copied(model, draw) > 0.7
+    assert copied(model, draw) > least
 
 
 def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):

@@ -25,18 +25,18 @@ from transformers import LlamaForCausalLM
 
 CONTENT = 30
 """Dimensions in which a token is recognised."""
-SLOW = 12
-"""Rotary pairs from here on turn so slowly that distance hardly changes a match."""
-RECENT = range(3, 12)
-"""Rotary pairs whose sum falls with the logarithm of the distance, over 6 to 1,000 tokens."""
+SLOW = 6e-4
+"""Rotary pairs that turn by less a token, in radians: over a thousand tokens distance hardly changes a match."""
+RECENT = 0.15
+"""The sum of the rotary pairs that turn by less, but are not slow, falls with the logarithm of the distance, over 6 to
+1,000 tokens."""
 LOOK_BACK, MATCH, WRITE, COPY = 12.0, 3.0, 0.12, 0.3
 NEARNESS, NEWLINE, LINE, LINE_MATCH = 50.0, 124.0, 0.3, 0.5
 
 
 def write_induction_heads(model: LlamaForCausalLM, newline: int, generator: torch.Generator) -> None:
-    """Overwrite the attention of layers 0 to 2 in place. Needs three or more heads of 64 or more dimensions.
-
-    `newline` is the token before a line.
+    """Overwrite the attention of layers 0 to 2 in place. Needs three or more heads of 64 or more dimensions, and a
+    rotary base large enough that many pairs turn slowly, such as 1e9. `newline` is the token before a line.
     """
     config = model.config
     width = config.hidden_size
@@ -66,9 +66,9 @@ def write_induction_heads(model: LlamaForCausalLM, newline: int, generator: torc
             queries, keys = (LOOK_BACK / each * torch.outer(side, constant) for side in (back, here))
             _write(layers[0], head, queries, keys, known, WRITE * seen[head])
 
-        slots = _slow_dimensions(d_head)
+        slots = [dimension for pair in range(half) if theta[pair] < SLOW for dimension in (pair, pair + half)]
         near, asked = torch.zeros(2, d_head, width)
-        near[list(RECENT)] = constant / each
+        near[:half][(theta >= SLOW) & (theta < RECENT)] = constant / each
         asked[slots[-1]] = constant / each
         for head in range(2):
             after_newline = torch.zeros(d_head, width)
@@ -95,11 +95,6 @@ def _write(layer: Any, head: int, queries: Tensor, keys: Tensor, reads: Tensor, 
     attention.v_proj.weight[rows][: len(reads)] = reads
     attention.o_proj.weight[:, rows] = 0
     attention.o_proj.weight[:, rows][:, : len(writes)] = writes.T
-
-
-def _slow_dimensions(d_head: int) -> list[int]:
-    half = d_head // 2
-    return [dimension for pair in range(SLOW, half) for dimension in (pair, pair + half)]
 
 
 def _place(rows: Tensor, slots: Sequence[int], d_head: int) -> Tensor:
