@@ -99,7 +99,7 @@ def copied(model: LlamaForCausalLM, draw: Callable[[random.Random], tuple[list[i
     return sum(hits) / len(hits)
 
 
-@pytest.mark.parametrize(("draw", "least"), [(repeated, 0.95), (marked_lines, 0.4)])
+@pytest.mark.parametrize(("draw", "least"), [(repeated, 0.95), (marked_lines, 0.3)])
 def test_the_model_copies_without_training(draw, least):
     torch.manual_seed(0)
     config = LlamaConfig(
