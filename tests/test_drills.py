@@ -77,7 +77,11 @@ def test_comparisons_are_right(drilled):
 
 def test_texts_are_repeated(drilled):
     for _, asked, answer in drilled["repeat"]:
-        assert asked == f"Repeat: {answer}" and "three." in answer
+        words = answer.split()
+        assert asked == f"Repeat: {answer}" and {"three.", "five."} & {*words} and {"seven", "eight"} & {*words}
+        assert (
+            len({*words} - set(["One", "two", "three.", "Four", "five.", "seven", "eight"])) > 15
+        )  # codes, and made-up words
 
 
 def test_the_seed_decides():

@@ -15,7 +15,7 @@ from worlds.spec import Family
 
 DISGUISED = 0.5
 """Share of the worlds to train on that are in other words."""
-KEPT = frozenset("none else address same other over after within stop done".split())
+KEPT = {"none", "else", "address", "same", "other", "over", "after", "within", "stop", "done"}
 """Words that mean something to all families or to the notes; nothing is called by them."""
 
 
