@@ -39,9 +39,9 @@ from engrain.trajectory import Trajectory
 MAX_TOKENS = 16_384
 PER_CHUNK = 500
 TOKENIZER_TRAJECTORIES = 3000
-WATCHED = {"copy": 32, "compare": 32, "tenants": 16, "families": 16}
+WATCHED = {"copy": 16, "compare": 16, "tenants": 16, "families": 16}
 """Probes that are run during training, on so many tasks."""
-WATCH_EVERY, WATCH_SEED = 1000, 9
+WATCH_EVERY, WATCH_SEED = 3000, 9
 """In steps; the seed is none of those that are reported."""
 
 
