@@ -1,9 +1,9 @@
 """Gradients of a summed loss over rows that are shared among processes.
 
 On CPU each process takes whole rows and runs its own forward and backward with single-threaded kernels: two processes
-meet once a step, where two threads share Python's lock at every operation. Parameters lie in memory that the
-processes share, so an optimizer step in one is seen by all. The sum over processes is taken in a fixed order: same rows
-and processes, same bits.
+meet once a step, where two threads share Python's lock at every operation. Rows that cannot be shared evenly are left
+to this process, with as many threads. Parameters lie in memory that the processes share, so an optimizer step in one is
+seen by all. The sum over processes is taken in a fixed order: same rows and processes, same bits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from engrain.errors import EngrainError
 
 if TYPE_CHECKING:
     from engrain.renderer import Row
+
+UNEVEN = 1.14
+"""How many times its equal part of the tokens a share may hold; threads do more than that much better."""
 
 Loss = Callable[[Packed], tuple[Tensor, int]]
 """The summed loss of a packed batch and the number of its terms."""
@@ -56,7 +59,7 @@ class Gradients:
 
     def __call__(self, rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
         """The sum over all rows, or None if `stopping` was set before its end."""
-        own, *others = share_rows(rows, self._workers)
+        own, *others = self._shares(rows)
         busy = self._helpers[: len(others)]
         for helper, share in zip(busy, others, strict=True):
             helper.begin(share)
@@ -68,9 +71,16 @@ class Gradients:
             _add(done[0].gradients, other.gradients)
         return Sum(sum(one.loss for one in done), sum(one.terms for one in done), done[0].gradients)
 
+    def _shares(self, rows: Sequence[Row]) -> Sequence[Sequence[Row]]:
+        """One a process, or all rows for this one; sets its threads."""
+        shares = share_rows(rows, self._workers)
+        tokens = [sum(len(row.ids) for row in share) for share in shares]
+        together = max(tokens) * self._workers > UNEVEN * sum(tokens)
+        torch.set_num_threads(self._threads if together else max(1, self._threads // self._workers))
+        return [rows] if together else shares
+
     def __enter__(self) -> Self:
         self._before = torch.get_num_threads()
-        torch.set_num_threads(max(1, self._threads // self._workers))
         self._helpers = [_Helper(self._work, self._like) for _ in range(self._workers - 1)]
         return self
 
