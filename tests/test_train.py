@@ -158,6 +158,24 @@ def test_shares_and_passes_lose_nothing(lengths: list[int], threads: int) -> Non
     assert all(sum(len(row.ids) for row in run) <= 40 for run in runs)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+@pytest.mark.parametrize("lengths", [(40, 3), (20, 21)])
+def test_uneven_rows_are_not_shared_and_the_sum_is_the_same(lengths: tuple[int, int]) -> None:
+    rows = [Row([number] * length, [True] * length) for number, length in enumerate(lengths)]
+    into = torch.zeros(3)
+    seen: list[tuple[int, int]] = []
+
+    def work(share: Sequence[Row], _: threading.Event) -> Sum:
+        seen.append((len(share), torch.get_num_threads()))
+        tokens = sum(len(row.ids) for row in share)
+        return Sum(float(tokens), tokens, [into + tokens])
+
+    with Gradients(work, [into], workers=2, threads=2) as gradients:
+        found = gradients(rows, threading.Event())
+    assert found is not None and found.terms == sum(lengths) and found.gradients[0].tolist() == [sum(lengths)] * 3
+    assert seen == ([(2, 2)] if max(lengths) == 40 else [(1, 1)])
+
+
 def test_the_learning_rate_rises_and_falls_to_a_tenth() -> None:
     config = TrainConfig(tokens=1000, lr=2.0, warmup=0.1)
     assert config.lr_at(50) == pytest.approx(1.0)

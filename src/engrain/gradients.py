@@ -2,8 +2,8 @@
 
 On CPU each process takes whole rows and runs its own forward and backward with single-threaded kernels: two processes
 meet once a step, where two threads share Python's lock at every operation. Rows that cannot be shared evenly are left
-to this process, with as many threads. Parameters lie in memory that the processes share, so an optimizer step in one is
-seen by all. The sum over processes is taken in a fixed order: same rows and processes, same bits.
+to this process alone, with all threads. Parameters lie in memory that the processes share, so an optimizer step in one
+is seen by all. The sum over processes is taken in a fixed order: same rows and processes, same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from engrain.renderer import Row
 
 UNEVEN = 1.14
-"""How many times its equal part of the tokens a share may hold; threads do more than that much better."""
+"""A share with more than so many times its equal part of the tokens keeps the others waiting: threads are faster."""
 
 Loss = Callable[[Packed], tuple[Tensor, int]]
 """The summed loss of a packed batch and the number of its terms."""
