@@ -1,9 +1,9 @@
 """What the bundled base trains on: drills and trajectories of procedural worlds (`recipes/worlds`), never of the
 families that are held out nor of the support desk.
 
-The recipe has three stages, each a mix of its own. Drills come first: short rows, most of whose tokens teach. Then
-trajectories, of small worlds more often than of large ones, since a large one is much to read before each turn. Last
-come long requests, faulty tools and large worlds, while the learning rate falls.
+The recipe has four stages, each a mix of its own. Drills come first: short rows, most of whose tokens teach. Then
+trajectories, first of small worlds more often than of large ones, since a large one is much to read before each turn,
+then the other way round. Last come long requests and faulty tools, while the learning rate falls to almost nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from worlds.trajectories import Depths, trajectories
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training, with its share of the tokens."""
+    """A part of the training."""
 
     name: str
-    share: float
+    parts: int
+    """Of the recipe's tokens, which all stages together divide."""
     drills: float
     """Share of drills among its rows."""
     depths: Depths
@@ -42,19 +43,34 @@ class Stage:
 
 
 STAGES = (
-    Stage("drills", 0.1, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
-    Stage("context", 0.65, drills=0.25, depths=Depths(small=0.75, many=0.3, disguised=DISGUISED), final=0.5),
+    Stage("drills", 2, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
+    Stage("context", 13, drills=0.25, depths=Depths(small=0.75, many=0.3, disguised=DISGUISED), final=0.5),
+    Stage(
+        "large",
+        10,
+        drills=0.15,
+        depths=Depths(full=0.6, part=0.3, small=0.4, many=0.3, disguised=DISGUISED),
+        lr=0.5,
+        final=0.5,
+        batch_tokens=6144,
+        longest=6144,
+    ),
     Stage(
         "anneal",
-        0.25,
+        4,
         drills=0.1,
         depths=Depths(full=0.6, part=0.3, small=0.3, many=0.2, long=0.15, faults=0.4, disguised=DISGUISED),
-        lr=0.5,
+        lr=0.25,
         final=0.05,
         batch_tokens=12_288,
         longest=12_288,
     ),
 )
+
+
+def tokens_of(stage: Stage, of: int) -> int:
+    """A stage's tokens, of those of all stages."""
+    return of * stage.parts // sum(one.parts for one in STAGES)
 
 
 def rows(stage: Stage, seed: int, count: int, english: English = NONE) -> Iterator[Trajectory]:

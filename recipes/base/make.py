@@ -20,7 +20,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from data import STAGES, Stage, rows
+from data import STAGES, Stage, rows, tokens_of
 from induction import write_induction_heads
 from safetensors.numpy import load_file, save_file
 from tokenizer import train_tokenizer
@@ -39,6 +39,7 @@ from engrain.trajectory import Trajectory
 MAX_TOKENS = 16_384
 PER_CHUNK = 500
 TOKENIZER_TRAJECTORIES = 3000
+TOKENIZER_STAGES = ("drills", "context", "anneal")
 WATCHED = {"copy": 16, "compare": 16, "tenants": 16, "families": 16}
 """Probes that are run during training, on so many tasks."""
 WATCH_EVERY, WATCH_SEED = 3000, 9
@@ -83,10 +84,10 @@ class Recipe:
 
 
 SIZES = {
-    "cpu": Recipe(tokens=40_000_000),
+    "cpu": Recipe(tokens=58_000_000),
     "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, batch=16),
 }
-"""`cpu`: 3.4M parameters, about four hours on two cores. `gpu`: 21M parameters."""
+"""`cpu`: 3.4M parameters, about five hours on two cores. `gpu`: 21M parameters."""
 
 
 class Rows(Sequence[Row]):
@@ -126,7 +127,8 @@ def make_tokenizer(work: Path, recipe: Recipe, english: Path | None) -> PreTrain
         texts = [
             text
             for stage in STAGES
-            for one in rows(stage, seed, TOKENIZER_TRAJECTORIES // 3, english_of(english))
+            if stage.name in TOKENIZER_STAGES
+            for one in rows(stage, seed, TOKENIZER_TRAJECTORIES // len(TOKENIZER_STAGES), english_of(english))
             for text in texts_of(one)
         ]
         with replacing_directory(folder) as aside:
@@ -151,7 +153,7 @@ def _render(work: Path, seed: int, stage: Stage, least: float, english: Path | N
 def make_rows(work: Path, recipe: Recipe, number: int, processes: int, english: Path | None = None) -> Rows:
     """Of one stage: chunks of trajectories, by seed, until there are tokens enough to meet each row at most once."""
     stage = STAGES[number]
-    file, needed = work / f"{stage.name}.safetensors", recipe.tokens * stage.share
+    file, needed = work / f"{stage.name}.safetensors", tokens_of(stage, recipe.tokens)
     if not file.exists():
         chunks: list[dict[str, np.ndarray]] = []
         seeds = count(recipe.seed * 100_000 + number * 10_000 + 1)
@@ -223,7 +225,7 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
     if not folder.exists():
         kept = make_rows(work, recipe, number, processes, english)
         config = TrainConfig(
-            tokens=round(recipe.tokens * stage.share),
+            tokens=tokens_of(stage, recipe.tokens),
             batch_tokens=stage.batch_tokens * recipe.batch,
             accumulate=1,
             lr=recipe.lr * stage.lr,
