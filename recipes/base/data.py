@@ -1,9 +1,9 @@
 """What the bundled base trains on: drills and trajectories of procedural worlds (`recipes/worlds`), never of the
 families that are held out nor of the support desk.
 
-The recipe has four stages, each a mix of its own. Drills come first: short rows, most of whose tokens teach. Then
-trajectories, first of small worlds more often than of large ones, since a large one is much to read before each turn,
-then the other way round. Last come long requests and faulty tools, while the learning rate falls to almost nothing.
+The recipe has three stages, each a mix of its own. Drills come first: short rows, most of whose tokens teach. Then
+trajectories, of small worlds more often than of large ones, since a large one is much to read before each turn. Last
+come long requests, faulty tools and large worlds, while the learning rate falls.
 """
 
 from __future__ import annotations
@@ -44,23 +44,13 @@ class Stage:
 
 STAGES = (
     Stage("drills", 2, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
-    Stage("context", 13, drills=0.25, depths=Depths(small=0.75, many=0.3, disguised=DISGUISED), final=0.5),
-    Stage(
-        "large",
-        10,
-        drills=0.15,
-        depths=Depths(full=0.6, part=0.3, small=0.4, many=0.3, disguised=DISGUISED),
-        lr=0.5,
-        final=0.5,
-        batch_tokens=6144,
-        longest=6144,
-    ),
+    Stage("context", 7, drills=0.25, depths=Depths(small=0.6, many=0.3, disguised=DISGUISED), final=0.5),
     Stage(
         "anneal",
         4,
         drills=0.1,
         depths=Depths(full=0.6, part=0.3, small=0.3, many=0.2, long=0.15, faults=0.4, disguised=DISGUISED),
-        lr=0.25,
+        lr=0.5,
         final=0.05,
         batch_tokens=12_288,
         longest=12_288,

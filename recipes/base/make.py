@@ -30,7 +30,7 @@ from worlds.probes import suite
 
 from engrain.files import replacing, replacing_directory
 from engrain.learner import Probe
-from engrain.model import Base, load_base, save_base
+from engrain.model import Base, base_digest, load_base, save_base
 from engrain.probe import chosen, measure
 from engrain.renderer import Renderer, Row
 from engrain.train import TrainConfig, train
@@ -39,7 +39,6 @@ from engrain.trajectory import Trajectory
 MAX_TOKENS = 16_384
 PER_CHUNK = 500
 TOKENIZER_TRAJECTORIES = 3000
-TOKENIZER_STAGES = ("drills", "context", "anneal")
 WATCHED = {"copy": 16, "compare": 16, "tenants": 16, "families": 16}
 """Probes that are run during training, on so many tasks."""
 WATCH_EVERY, WATCH_SEED = 3000, 9
@@ -84,10 +83,10 @@ class Recipe:
 
 
 SIZES = {
-    "cpu": Recipe(tokens=58_000_000),
+    "cpu": Recipe(tokens=52_000_000),
     "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, batch=16),
 }
-"""`cpu`: 3.4M parameters, about five hours on two cores. `gpu`: 21M parameters."""
+"""`cpu`: 3.4M parameters, about four hours on two cores. `gpu`: 21M parameters."""
 
 
 class Rows(Sequence[Row]):
@@ -127,8 +126,7 @@ def make_tokenizer(work: Path, recipe: Recipe, english: Path | None) -> PreTrain
         texts = [
             text
             for stage in STAGES
-            if stage.name in TOKENIZER_STAGES
-            for one in rows(stage, seed, TOKENIZER_TRAJECTORIES // len(TOKENIZER_STAGES), english_of(english))
+            for one in rows(stage, seed, TOKENIZER_TRAJECTORIES // len(STAGES), english_of(english))
             for text in texts_of(one)
         ]
         with replacing_directory(folder) as aside:
@@ -243,13 +241,14 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
     return load_base(folder)
 
 
-def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool) -> str:
+def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool, start: Path | None = None) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     stages = ""
     for stage in STAGES:
         one = json.loads((work / stage.name / "result.json").read_text())
         counts = " | ".join(f"{one[name]:,}" for name in ("rows", "generated", "trained", "tokens", "steps"))
         stages += f"| {stage.name} | {counts} | {one['loss']:.4f} | {one['seconds'] / 60:.0f} |\n"
+    began = f"- Started from an earlier base, {base_digest(start)[:12]}; below is what came after.\n" if start else ""
     words = (
         "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances: for the tokenizer, repeated in drills, as other words"
         if english
@@ -267,11 +266,11 @@ trajectories of procedural worlds of workflows (`recipes/worlds`). It reads proc
 carries them out; it is a starting point to compile on and to test with, not a general model. Its first three layers
 start as induction heads (`recipes/base/induction.py`), so that it can copy lines and identifiers from the first step.
 
-- Never seen: the families of workflows named in `recipes/worlds/held_out.txt`, and the support desk.
+{began}- Never seen: the families of workflows named in `recipes/worlds/held_out.txt`, and the support desk.
 - Other text: {words}.
 - {torch.get_num_threads()} CPU threads; minutes leave out interruptions.
 - Again, at commit {commit()}: `python recipes/base/make.py --size {size} --tokens {recipe.tokens} --seed \
-{recipe.seed}{" --english ../shared/data" if english else ""} -o src/engrain/base`
+{recipe.seed}{" --english ../shared/data" if english else ""}{f" --start {start}" if start else ""} -o src/engrain/base`
 
 | stage | rows made | their tokens | with loss | tokens trained on | steps | loss, nats a trained token | minutes |
 |---|---|---|---|---|---|---|---|
@@ -301,21 +300,26 @@ def main(
     processes: int = os.cpu_count() or 1,
     tokens: Annotated[int | None, typer.Option(help="other than the size's, to try things out")] = None,
     layers: Annotated[int | None, typer.Option(help="other than the size's")] = None,
+    start: Annotated[Path | None, typer.Option(help="a base of this size to go on from, with its tokenizer")] = None,
 ) -> None:
     if size not in SIZES:
         raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}")
     chosen = SIZES[size]
     recipe = replace(chosen, seed=seed, tokens=tokens or chosen.tokens, layers=layers or chosen.layers)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(work, recipe, english)
-    base = Base(initial_model(tokenizer, recipe), tokenizer)
+    if start is not None:
+        base = load_base(start)
+        base.tokenizer.save_pretrained(work / "tokenizer")
+    else:
+        tokenizer = make_tokenizer(work, recipe, english)
+        base = Base(initial_model(tokenizer, recipe), tokenizer)
     for number in range(len(STAGES)):
         base = train_stage(base, work, recipe, number, processes, english)
     base.model.bfloat16()
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
-        file.write(card(size, recipe, work, parameters, english is not None))
+        file.write(card(size, recipe, work, parameters, english is not None, start))
     typer.echo(f"{out}: {parameters:,} parameters")
 
 

@@ -91,7 +91,7 @@ class Clerk:
         requester, lines = dict(self.known), list[str]()
         for place, item in enumerate(goal["items"]):
             self.done, self.known = place, dict(requester)
-            self.title = f"{mark(place)}: {self.world.shown[item['kind']]} {item['about']}"
+            self.title = f"{mark(place)}: {self.world.title(item['kind'])} {item['about']}"
             self.notes.append(self.title)
             lines.append(f"{mark(place)}. {self.item(item)}")
             self.notes.append(lines[-1])
@@ -137,11 +137,9 @@ class Clerk:
                         self.read(record, names.setdefault(record, about), ())
                     except Exhausted:
                         self.notes.append("ignore it")
-                case Do(action, arguments):
-                    given = {world.shown[f"{action}.{name}"]: self.value(of, asked) for name, of in arguments.items()}
-                    rules = [self.rule(of.rule) for of in arguments.values() if isinstance(of, By)]
-                    shown = ", ".join([*rules, *(quoted(name, value) for name, value in given.items())])
-                    self.notes.append(f"{said}: {shown}" if shown else said)
+                case Do(action, _):
+                    given, line = self.given(step, asked, procedure, place - 1)
+                    self.notes.append(line)
                     self.act(action, names[world.actions[action].on], given, needs)
                 case Stop() | Jump():
                     true, line = self.decided(step, procedure, place - 1)
@@ -158,11 +156,21 @@ class Clerk:
     def decided(self, step: Stop | Jump, procedure: Procedure, place: int) -> tuple[bool, str]:
         """Whether to stop or jump, and the note that says why."""
         true, why = self.holds(step.when)
+        if step.unless:
+            why += ", met" if true else ", unmet"
         if true == step.unless:
             then = "go on"
         else:
             then = "stop" if isinstance(step, Stop) else f"go to {procedure.mark(procedure.places[step.to])}"
         return true != step.unless, f"{procedure.mark(place)} {self.world.text(step, procedure)}: {why}; {then}"
+
+    def given(self, step: Do, asked: Mapping[str, Any], procedure: Procedure, place: int) -> tuple[dict[str, Any], str]:
+        """The arguments of an action, and the note that says where they come from."""
+        shown, sources = self.world.shown, step.arguments
+        given = {shown[f"{step.action}.{name}"]: self.value(source, asked) for name, source in sources.items()}
+        rules = [self.rule(source.rule) for source in sources.values() if isinstance(source, By)]
+        why = ", ".join([*rules, *(quoted(name, value) for name, value in given.items())])
+        return given, f"{procedure.mark(place)} {self.world.text(step, procedure)}{': ' if why else ''}{why}"
 
     def read(self, record: str, name: str, needs: Sequence[str]) -> None:
         shown = self.world.shown
@@ -192,16 +200,15 @@ class Clerk:
         if rule.by:
             at = self.known[rule.by]
             value = said.get(at, "none")
-            return f"{quoted(shown[rule.by], at)}, {title} for {at} of {tenant}: {value}", value
+            return f"{quoted(shown[rule.by], at)}, {tenant} {title} for {at}: {value}", value
         if isinstance(rule, Limit) and rule.rare:
-            at, value = self.known[rule.rare], said["else"]
-            special = next(word for word in said if word != "else")
-            value = said.get(at, value)
-            text = f"{title} of {tenant}: {said['else']}, for {special} {said[special]}, {quoted(shown[rule.rare], at)}"
-            return f"{text}, {value}", value
+            at, special = self.known[rule.rare], next(word for word in said if word != "else")
+            value = said.get(at, said["else"])
+            text = f"{tenant} {title}: {said['else']}, for {special} {said[special]}"
+            return f"{text}, {quoted(shown[rule.rare], at)}, {_same(at == special)}, {value}", value
         if isinstance(rule, Choice) and rule.fields:
-            return f"{title} of {tenant}: {shown[said]}", said
-        return f"{title} of {tenant}: {said}", said
+            return f"{tenant} {title}: {shown[said]}", said
+        return f"{tenant} {title}: {said}", said
 
     def rule(self, name: str) -> str:
         return self.ruled(name)[0]
@@ -301,11 +308,11 @@ def decide(world: World, task: Task, messages: Sequence[Message]) -> Message:
 
 
 def plan(world: World, task: Task) -> list[str]:
-    """Each item in the requester's words, then the procedure that it needs."""
+    """Each item in the requester's words, what the index says of it, and the procedure that it needs."""
     lines: list[str] = []
     for place, item in enumerate(task.goal["items"]):
-        letter, title = world.procedures[item["kind"]].letter, world.shown[item["kind"]]
-        lines.append(f"{mark(place)} {item['said']} = {letter} {title} {item['about']}")
+        cited, title = world.cited(item["kind"], item["said"]), world.title(item["kind"])
+        lines.append(f"{mark(place)} {item['said']} = {cited}: {title} {item['about']}")
     return lines
 
 

@@ -3,7 +3,7 @@
 A trajectory routes a request once, compares two numbers once or twice and looks up a handful of rules, among hundreds
 of tokens that are easy by then. A drill is nothing but that: items routed to their procedures, steps decided, steps and
 rules found by their names, numbers and dates compared, or a text repeated, which meets words of the vocabulary that no
-workflow uses: an embedding that is never trained is lost to every adapter on top.
+workflow uses: an embedding that is never trained is lost to every adapter on top. Or notes are followed by their calls.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from worlds.clerk import Clerk, mark, plan
 from worlds.disguise import DISGUISED, disguised
 from worlds.english import NONE, English
 from worlds.language import compared, date_of, made_up
-from worlds.spec import Jump, Ref, Stop
+from worlds.spec import Asked, Do, Jump, Ref, Stop
 from worlds.store import Store
-from worlds.tasks import Rules, make_task, write_rules
-from worlds.workflow import tenants
+from worlds.tasks import Rules, make_task, walk, write_rules
+from worlds.workflow import tenants, workflow
 from worlds.world import KINDS, World, draw
 
 COMPARISONS = 12
 WORDS = 60
+CALLS = 0.1
+"""Share of the drills that call tools."""
+
+MOST_CALLS = 12
 
 Drill = tuple[str, str, str]
 """System prompt, what is asked, the answer."""
@@ -53,14 +57,6 @@ class Desk:
             f"- {one}" for one in write_rules(self.world, self.said, self.rng)
         )
 
-    @property
-    def heads(self) -> str:
-        """The manual without its steps."""
-        kinds = self.world.kinds.items()
-        return "\n".join(
-            f"{self.world.procedures[kind].letter} {self.world.shown[kind]}: {at.gloss}" for kind, at in kinds
-        )
-
 
 def drills(seed: int, count: int, english: English = NONE, families: Sequence[str] = TRAINED) -> Iterator[Trajectory]:
     """`count` drills; the same for the same seed."""
@@ -76,13 +72,17 @@ def drills(seed: int, count: int, english: English = NONE, families: Sequence[st
 
     kinds: dict[str, tuple[int, Callable[[], Drill]]] = {
         "decide": (4, lambda: decide(desk((1, 4)))),
-        "route": (3, lambda: route(desk(KINDS))),
-        "steps": (2, lambda: steps(desk((2, 6)))),
+        "route": (5, lambda: route(desk(KINDS))),
+        "steps": (1, lambda: steps(desk((2, 6)))),
         "rules": (2, lambda: rules(desk(KINDS))),
         "compare": (1, lambda: compare(rng)),
-        "repeat": (3, lambda: repeat(rng, english)),
+        "repeat": (2, lambda: repeat(rng, english)),
     }
     for number in range(count):
+        name = f"drill-{seed}-{number}"
+        if rng.random() < CALLS:
+            yield calls(desk(KINDS), name)
+            continue
         kind = rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
         system, asked, answer = kinds[kind][1]()
         while not answer:  # nothing in that world is decided
@@ -92,11 +92,33 @@ def drills(seed: int, count: int, english: English = NONE, families: Sequence[st
             Message(role="user", content=asked),
             Message(role="assistant", content=answer),
         ]
-        yield Trajectory(id=f"drill-{seed}-{number}", messages=messages, kind=kind, teacher="drill")
+        yield Trajectory(id=name, messages=messages, kind=kind, teacher="drill")
+
+
+def calls(desk: Desk, name: str) -> Trajectory:
+    """The last notes of a task's turns, each with the identifier that it lacks, to be said again and carried out."""
+    flow = workflow(desk.world, {desk.tenant: desk.said})
+    asked, answers = "Carry out:", list[Message]()
+    for turn in walk(desk.world, desk.task(desk.rng.randint(2, 4))):
+        if turn.tool_calls and len(answers) < 2 * MOST_CALLS:
+            note, call = turn.reasoning.rpartition("\n")[2], turn.tool_calls[0]
+            of, about = next(iter(json.loads(call.arguments).items()))
+            asked += f"\n{note} [{of} {about}]"
+            answers += [
+                Message(role="assistant", reasoning=note, tool_calls=[call]),
+                Message(role="tool", content='{"ok": true}', tool_call_id=call.id, name=call.name),
+            ]
+    messages = [
+        Message(role="system", content="You practise."),
+        Message(role="user", content=asked),
+        *answers,
+        Message(role="assistant", content="Done."),
+    ]
+    return Trajectory(id=name, messages=messages, tools=flow.schemas("full"), kind="calls", teacher="drill")
 
 
 def decide(desk: Desk) -> Drill:
-    """Every step that decides, for a few items, in any order; their records are given."""
+    """Every step that decides or calls with something, for a few items, in any order; their records are given."""
     world, lines, asked, records = desk.world, list[str](), list[str](), list[str]()
     for place in range(desk.rng.randint(2, 4)):
         task = desk.task(1)
@@ -106,7 +128,7 @@ def decide(desk: Desk) -> Drill:
         if decided:
             asked += [f"{name} {step}" for step, _ in decided]
             records += [f"{name} {record}" for record in seen]
-            lines += [f"{name}: {world.shown[goal['kind']]} {goal['about']}", *(line for _, line in decided)]
+            lines += [f"{name}: {world.title(goal['kind'])} {goal['about']}", *(line for _, line in decided)]
     return (
         f"You practise.\n\n{world.manual}\n\n{desk.profile}",
         f"Decide: {', '.join(asked)}\n" + "\n".join(records),
@@ -115,12 +137,16 @@ def decide(desk: Desk) -> Drill:
 
 
 def _decided(world: World, clerk: Clerk, kind: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """The mark and the note of each step of a procedure that decides."""
+    """The mark and the note of each step of a procedure that decides something, or what to call with."""
     procedure = world.procedures[kind]
     for place in rng.sample(range(len(procedure.steps)), len(procedure.steps)):
         step = procedure.steps[place]
-        if isinstance(step, (Stop, Jump)) and all(path in clerk.known for path in world.needs(step)):
+        if not all(path in clerk.known for path in world.needs(step)):
+            continue
+        if isinstance(step, (Stop, Jump)):
             yield procedure.mark(place), clerk.decided(step, procedure, place)[1]
+        if isinstance(step, Do) and step.arguments and not any(isinstance(of, Asked) for of in step.arguments.values()):
+            yield procedure.mark(place), clerk.given(step, {}, procedure, place)[1]
 
 
 def _informed(world: World, task: Task) -> tuple[Clerk, list[str]]:
@@ -153,9 +179,14 @@ def _informed(world: World, task: Task) -> tuple[Clerk, list[str]]:
 
 
 def route(desk: Desk) -> Drill:
-    """Many items, each to its procedure: the plan that a request begins with."""
+    """Many items, each to its procedure: the plan that a request begins with; then the items again, in any order, as
+    notes begin with them."""
     task = desk.task(desk.rng.randint(6, 16))
-    return f"You practise.\n\n{desk.heads}", task.request, "\n".join(plan(desk.world, task))
+    items = list(enumerate(task.goal["items"]))
+    desk.rng.shuffle(items)
+    titles = [desk.world.title(item["kind"]) for _, item in items]
+    again = [f"{mark(place)}: {title} {item['about']}" for (place, item), title in zip(items, titles, strict=True)]
+    return f"You practise.\n\n{desk.world.index}", task.request, "\n".join([*plan(desk.world, task), *again])
 
 
 def steps(desk: Desk) -> Drill:
@@ -177,7 +208,7 @@ def rules(desk: Desk) -> Drill:
     known = {path: desk.rng.choice(world.options(path)) for path in decisive}
     clerk = Clerk(world, desk.task(1), lambda *_: {}, known=known)
     names = desk.rng.sample(world.used_rules, min(len(world.used_rules), 14))
-    asked = "; ".join(world.shown[name] for name in names)
+    asked = "; ".join(map(world.rule_text, names))
     record = json.dumps({world.shown[path]: word for path, word in known.items()})
     return f"You practise.\n\n{desk.profile}", f"Rules: {asked}\n{record}", "\n".join(map(clerk.rule, names))
 

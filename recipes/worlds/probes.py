@@ -36,7 +36,7 @@ SEARCHED = 20
 REDRAWN = 4
 """Times that a rule is drawn again, for a value that changes what is right."""
 IDENTIFIER = re.compile(r"[A-Z]\d{4,}")
-VERDICT = re.compile(r"\b(over|within); (stop|go on|go to \S.*)$")
+VERDICT = re.compile(r"\b(over|within)(, (?:un)?met)?; (stop|go on|go to \S.*)$")
 
 
 @dataclass(frozen=True)

@@ -28,21 +28,26 @@ Rules = Mapping[str, Any]
 
 STREETS = ("Oak Street", "Mill Lane", "Park Road", "High Street", "River Way", "Station Road", "Church Lane")
 OPENINGS = (
-    "Hello, I am {id}.",
-    "Hi, {id} here.",
-    "{id} here.",
-    "Good morning, my id is {id}.",
-    "Dear team, this is {id}.",
+    "Hello, I am {id}",
+    "Hi, {id} here",
+    "{id} here",
+    "Good morning, my id is {id}",
+    "Dear team, this is {id}",
 )
 LISTS = ("I need a few things:", "Please do the following:", "Several matters:", "Please look at these:")
-CLOSINGS = ("", "", " Thank you.", " Thanks.", " Please be quick.")
+CLOSINGS = ("", "", "Thank you.", "Thanks.", "Please be quick.")
 NUMBER_WORDINGS = (
     "The {name} is {value}.",
-    "{name}: {value}.",
+    "With us the {name} is {value}.",
     "Keep to this {name}: {value}.",
     "Our {name} is {value}.",
 )
-WORD_WORDINGS = ("The {name} is {value}.", "{name}: {value}.", "Take {value} as {name}.", "Our {name} is {value}.")
+WORD_WORDINGS = (
+    "The {name} is {value}.",
+    "With us the {name} is {value}.",
+    "As {name} take {value}.",
+    "Our {name} is {value}.",
+)
 
 
 def draw_rules(world: World, rng: random.Random) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def write_rules(world: World, rules: Rules, rng: random.Random) -> list[str]:
             value = world.shown[said] if isinstance(rule, Choice) and rule.fields else said
             bullets.append(rng.choice(wordings).format(name=title, value=value))
     rng.shuffle(bullets)
-    return [bullet[0].upper() + bullet[1:] for bullet in bullets]
+    return bullets
 
 
 class _Rows:
@@ -219,13 +224,12 @@ def make_task(
         said = vary(rng.choice(spec.phrases), rng).format(id=about, **asked)
         items.append({"kind": kind, "about": about, "asked": asked, "said": said})
     if count == 1:
-        items[0]["said"] = items[0]["said"][0].upper() + items[0]["said"][1:]
-        body = f"{items[0]['said']}."
+        body = f": {items[0]['said']}. "
     else:
-        body = rng.choice(LISTS) + "".join(f"\n{mark(place)} {item['said']}" for place, item in enumerate(items))
+        body = f". {rng.choice(LISTS)}\n" + "".join(f"{mark(at)} {item['said']}\n" for at, item in enumerate(items))
     task = Task(
         id=name,
-        request=f"{rng.choice(OPENINGS).format(id=rows.requester)} {body}{rng.choice(CLOSINGS)}",
+        request=f"{rng.choice(OPENINGS).format(id=rows.requester)}{body}{rng.choice(CLOSINGS)}".strip(),
         tenant=tenant,
         kind=items[0]["kind"] if count == 1 else "several",
         split=split,

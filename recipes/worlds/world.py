@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,8 @@ from worlds.spec import (
     Word,
 )
 
+STRING: Mapping[str, Any] = {"type": "string"}
+INTEGER: Mapping[str, Any] = {"type": "integer"}
 READ_VERBS = "get|read|fetch|find|show|look_up|load|open"
 HAND_OVER = "hand_over|open_ticket|call_colleague|escalate_case"
 KINDS = (4, 9)
@@ -96,18 +99,33 @@ class World:
         for name, record in self.records.items():
             fields = ", ".join(self.shown[f"{name}.{one}"] for one in record.fields)
             described = f"Read one {self.shown[name]}: {fields}."
-            tools[name] = self._tool(name, self.shown[f"get {name}"], described, {self.shown[f"{name}.id"]: "string"})
+            tools[name] = self._tool(name, self.shown[f"get {name}"], described, {self.shown[f"{name}.id"]: STRING})
         for name in self.used_actions:
             action = self.actions[name]
-            arguments = {self.shown[f"{action.on}.id"]: "string"}
+            arguments = {self.shown[f"{action.on}.id"]: STRING}
             for argument, values in action.arguments.items():
-                arguments[self.shown[f"{name}.{argument}"]] = "integer" if isinstance(values, Number) else "string"
+                schema = INTEGER if isinstance(values, Number) else STRING
+                offered = self._offered(name, argument)
+                arguments[self.shown[f"{name}.{argument}"]] = {**schema, "enum": offered} if offered else schema
             described = f"{name.replace('_', ' ').capitalize()} for one {self.shown[action.on]}."
             tools[name] = self._tool(name, self.shown[f"do {name}"], described, arguments)
         tools["hand_over"] = self._tool(
-            "hand_over", self.shown["hand_over"], "Give a case to a colleague.", {"topic": "string"}
+            "hand_over", self.shown["hand_over"], "Give a case to a colleague.", {"topic": STRING}
         )
         return tools
+
+    def _offered(self, action: str, argument: str) -> list[str]:
+        """The words among which a request chooses an argument; none if it comes from elsewhere, too."""
+        offered: set[str] = set()
+        for kind in self.kinds.values():
+            for step in kind.steps:
+                if isinstance(step, Do) and step.action == action:
+                    source = step.arguments.get(argument)
+                    values = kind.slots[source.slot] if isinstance(source, Asked) else None
+                    if not isinstance(values, Word) or values.options == "address":
+                        return []
+                    offered.update(values.options.split("|"))
+        return sorted(offered)
 
     @cached_property
     def used_actions(self) -> tuple[str, ...]:
@@ -116,11 +134,10 @@ class World:
         return tuple(name for name in self.actions if name in needed or name in self.extra)
 
     @staticmethod
-    def _tool(of: str, name: str, description: str, arguments: Mapping[str, str]) -> Tool:
+    def _tool(of: str, name: str, description: str, arguments: Mapping[str, Any]) -> Tool:
         from worlds.store import run
 
-        properties = {argument: {"type": kind} for argument, kind in arguments.items()}
-        schema = {"type": "object", "properties": properties, "required": list(arguments)}
+        schema = {"type": "object", "properties": dict(arguments), "required": list(arguments)}
         schema["additionalProperties"] = False
         return Tool(name, description, json.dumps(schema), run(of), takes_state=True)
 
@@ -179,10 +196,14 @@ class World:
                 return f'done "{result}"' + (f", {self.shown[shows]}" if shows else "")
         raise TypeError(step)
 
+    def rule_text(self, name: str) -> str:
+        """A rule as a step asks for it: with the field on which it depends, if there is one."""
+        return " for its ".join(self.shown[one] for one in (name, *self.decided_by(name)))
+
     def _from(self, source: Source) -> str:
         match source:
             case By(rule):
-                return f"by {self.shown[rule]}"
+                return f"by {self.rule_text(rule)}"
             case Asked():
                 return "as asked"
         return f"from {self.shown[source.path]}"
@@ -191,23 +212,41 @@ class World:
         match when:
             case Over(path, rule):
                 word = "after" if getattr(self.rules[rule], "day", False) else "over"
-                return f"{self.shown[path]} {word} {self.shown[rule]}"
+                return f"{self.shown[path]} {word} {self.rule_text(rule)}"
             case Is(path, word, rule):
-                return f"{self.shown[path]} is " + (self.shown[rule] if rule else f'"{word}"')
-        return f'{self.shown[when.rule]} is "{when.word}"'
+                return f"{self.shown[path]} is " + (self.rule_text(rule) if rule else f'"{word}"')
+        return f'{self.rule_text(when.rule)} is "{when.word}"'
+
+    @cached_property
+    def index(self) -> str:
+        """What each procedure is for, then its letter and name: who quotes the one goes on with the other."""
+        opening = ["- at first, once: A"] if self.family.opening else []
+        lines = [f"- {kind.gloss}: {self.title(name)}" for name, kind in self.kinds.items()]
+        return "\n".join(opening + lines)
+
+    def title(self, kind: str) -> str:
+        return f"{self.procedures[kind].letter} {self.shown[kind]}"
+
+    def cited(self, kind: str, said: str) -> str:
+        """The gloss of a kind, from the first word of a request on that no other kind's gloss has."""
+        gloss = self.kinds[kind].gloss
+        foreign = {word for name, other in self.kinds.items() if name != kind for word in _words(other.gloss)}
+        own = [word for word in _words(said) if word in _words(gloss) and word not in foreign]
+        return gloss[next(re.finditer(rf"\b{own[0]}\b", gloss.lower())).start() :] if own else gloss
 
     @cached_property
     def manual(self) -> str:
-        """Every procedure, a step a line."""
-        lines: list[str] = []
-        for name, procedure in self.procedures.items():
-            head = f"{self.shown[name]}: {self.kinds[name].gloss}" if name else "at first, once"
-            if procedure.steps:
-                lines.append(f"{procedure.letter} {head}")
-            lines += [
-                f"{procedure.mark(place)} {self.text(step, procedure)}" for place, step in enumerate(procedure.steps)
-            ]
-        return "\n".join(lines)
+        """The index, then every procedure, a step a line."""
+        steps = [
+            f"{procedure.mark(place)} {self.text(step, procedure)}"
+            for procedure in self.procedures.values()
+            for place, step in enumerate(procedure.steps)
+        ]
+        return "\n".join([self.index, "", *steps])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]{4,}", text.lower())
 
 
 def rules_of(step: Step) -> Iterator[str]:
