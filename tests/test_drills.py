@@ -19,10 +19,27 @@ from worlds.english import English
 def drilled():
     by_kind: dict[str, list[tuple[str, str, str]]] = {}
     for drill in drills(5, 120, english=English(("One two three.", "Four five."), ("seven", "eight"))):
-        system, asked, answer = (message.content for message in drill.messages)
-        by_kind.setdefault(drill.kind, []).append((system, asked, answer))
+        if drill.kind != "calls":
+            system, asked, answer = (message.content for message in drill.messages)
+            by_kind.setdefault(drill.kind, []).append((system, asked, answer))
     assert set(by_kind) == {"decide", "route", "steps", "rules", "compare", "repeat"}
     return by_kind
+
+
+def test_notes_become_the_calls_that_they_name():
+    drilled = [drill for drill in drills(5, 120) if drill.kind == "calls"]
+    assert len(drilled) > 3
+    for drill in drilled:
+        _, asked, *turns = drill.messages
+        tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in json.loads(drill.tools)}
+        lines = asked.content.splitlines()[1:]
+        made = [turn for turn in turns if turn.tool_calls]
+        assert len(made) == len(lines) >= 1
+        for line, turn in zip(lines, made, strict=True):
+            call, given = turn.tool_calls[0], json.loads(turn.tool_calls[0].arguments)
+            assert line.startswith(f"{turn.reasoning} [") and call.name in line
+            assert list(given) == tools[call.name]["required"]
+            assert all(f"{value}" in line for value in given.values())
 
 
 def test_steps_are_those_of_the_manual(drilled):
@@ -32,14 +49,21 @@ def test_steps_are_those_of_the_manual(drilled):
         assert set(lines) <= set(system.splitlines())
 
 
-def test_items_are_routed_to_procedures_that_there_are(drilled):
+def test_items_are_routed_by_words_that_they_share_with_the_index_and_said_again(drilled):
     for system, asked, answer in drilled["route"]:
-        heads = [line.split(": ")[0] for line in system.splitlines()[2:]]
+        index = [line.removeprefix("- ") for line in system.splitlines() if line.startswith("- ")]
         items = [line for line in asked.splitlines() if line.startswith("(")]
-        assert len(items) == len(answer.splitlines()) >= 6
-        for item, line in zip(items, answer.splitlines(), strict=True):
+        lines = answer.splitlines()
+        assert len(lines) == 2 * len(items) >= 12
+        titles = set()
+        for item, line in zip(items, lines[: len(items)], strict=True):
             said, route = line.split(" = ")
-            assert item.startswith(said) and any(route.startswith(f"{head} ") for head in heads)
+            cited, title = route.rsplit(" ", 1)[0].split(": ")
+            assert item == said and title in [head.rsplit(": ", 1)[1] for head in index]
+            assert any(head.endswith(f"{cited}: {title}") for head in index)
+            assert cited.split()[0].strip(",").lower() in item.lower()
+            titles.add(f"{item.split()[0]}: {route.split(': ')[1]}")
+        assert set(lines[len(items) :]) == titles
 
 
 def test_decisions_quote_the_manual_and_the_records(drilled):
@@ -50,8 +74,13 @@ def test_decisions_quote_the_manual_and_the_records(drilled):
             step, why = line.split(": ", 1)
             assert step in system.splitlines()
             for name, value in re.findall(r'("\w+"): ("[^"]*"|\d+)', why):
-                assert f"{name}: {value}" in asked
-            assert re.search(r"; (stop|go on|go to [A-Z]\d+|go to the end)$", line)
+                ruled = " by " in step and f": {value.strip(chr(34))}" in why
+                assert f"{name}: {value}" in asked or ruled or f": {value}" in asked
+            ended = re.search(r"(?:, ((?:un)?met))?; (stop|go on|go to [A-Z]\d+|go to the end)$", line)
+            assert ended or re.search(r" (with|by|from) ", step)
+            if ended:
+                assert bool(ended[1]) == (" unless " in step)
+                assert ended[1] is None or (ended[1] == "met") == (ended[2] == "go on")
 
 
 def test_rules_are_those_of_the_profile(drilled):
@@ -60,7 +89,7 @@ def test_rules_are_those_of_the_profile(drilled):
         case = json.loads(asked.splitlines()[1])
         assert len(answer.splitlines()) == len(names)
         for name, line in zip(names, answer.splitlines(), strict=True):
-            assert name in line
+            assert name.split(" for its ")[0] in line
             value = line.split(", ")[-1].split(": ")[-1]
             assert value == "none" or value in system
             assert all(f'"{word}"' in json.dumps(case) for word in re.findall(r'": "([^"]*)"', line))
