@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -237,14 +238,14 @@ def test_a_verdict_must_be_the_same() -> None:
         turn = teacher(trial)
         step, verdict = trial.right.args  # type: ignore[attr-defined]
         assert trial.right(turn) and turn.reasoning.count(verdict) >= 1
-        for old, new in (("within;", "over;"), ("over;", "within;"), ("; ", "; now ")):
+        for old, new in (("within", "over"), ("over", "within"), ("; ", "; now ")):
             if old in verdict:
                 lines = [
                     line.replace(old, new) if line.startswith(step) else line for line in turn.reasoning.split("\n")
                 ]
                 assert not trial.right(turn.model_copy(update={"reasoning": "\n".join(lines)}))
         assert not trial.right(Message(role="assistant", content=verdict))
-        verdicts.append(verdict.partition(";")[0])
+        verdicts.append(re.split("[;,]", verdict)[0])
     assert 4 <= verdicts.count("over") <= 12
 
 
