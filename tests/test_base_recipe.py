@@ -45,7 +45,8 @@ def test_the_stages_take_all_tokens_and_the_last_has_the_long_and_faulty_rows():
     assert sum(data.tokens_of(stage, 52_000_000) for stage in data.STAGES) == 52_000_000
     assert max(data.STAGES, key=lambda stage: stage.depths.faults) is ANNEAL
     assert max(data.STAGES, key=lambda stage: stage.longest) is ANNEAL
-    assert data.STAGES[0].drills > data.STAGES[1].drills
+    assert [stage.drills for stage in data.STAGES] == sorted((stage.drills for stage in data.STAGES), reverse=True)
+    assert {one.kind for one in data.rows(data.STAGES[0], 3, 20)} == {"route"}
 
 
 def test_contexts_come_in_three_depths_and_the_seed_decides(trajectories):

@@ -53,8 +53,8 @@ def test_items_are_routed_by_words_that_they_share_with_the_index_and_said_again
     for system, asked, answer in drilled["route"]:
         index = [line.removeprefix("- ") for line in system.splitlines() if line.startswith("- ")]
         items = [line for line in asked.splitlines() if line.startswith("(")]
-        lines = answer.splitlines()
-        assert len(lines) == 2 * len(items) >= 12
+        first, *lines = answer.splitlines()
+        assert first == "Plan:" and len(lines) == 2 * len(items) >= 12
         titles = set()
         for item, line in zip(items, lines[: len(items)], strict=True):
             said, route = line.split(" = ")
@@ -62,7 +62,7 @@ def test_items_are_routed_by_words_that_they_share_with_the_index_and_said_again
             assert item == said and title in [head.rsplit(": ", 1)[1] for head in index]
             assert any(head.endswith(f"{cited}: {title}") for head in index)
             assert cited.split()[0].strip(",").lower() in item.lower()
-            titles.add(f"{item.split()[0]}: {route.split(': ')[1]}")
+            titles.add(f"{item.split()[0]} now: {route.split(': ')[1]}")
         assert set(lines[len(items) :]) == titles
 
 
@@ -110,6 +110,10 @@ def test_texts_are_repeated(drilled):
         assert asked == f"Repeat: {answer}" and {"three.", "five."} & {*words} and {"seven", "eight"} & {*words}
         codes_and_made_up = {*words} - {"One", "two", "three.", "Four", "five.", "seven", "eight"}
         assert len(codes_and_made_up) > 15
+
+
+def test_one_kind_can_be_asked_for():
+    assert {drill.kind for drill in drills(5, 20, only="route")} == {"route"}
 
 
 def test_the_seed_decides():

@@ -1,9 +1,10 @@
 """What the bundled base trains on: drills and trajectories of procedural worlds (`recipes/worlds`), never of the
 families that are held out nor of the support desk.
 
-The recipe has three stages, each a mix of its own. Drills come first: short rows, most of whose tokens teach. Then
-trajectories, of small worlds more often than of large ones, since a large one is much to read before each turn. Last
-come long requests, faulty tools and large worlds, while the learning rate falls.
+The recipe has four stages, each a mix of its own. Nothing but routing comes first: diluted, it stays at chance for
+millions of tokens, and whatever follows in a trajectory depends on it. Then all drills: short rows, most of whose
+tokens teach. Then trajectories, of small worlds more often than of large ones, since a large one is much to read before
+each turn. Last come long requests, faulty tools and large worlds, while the learning rate falls.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Stage:
     drills: float
     """Share of drills among its rows."""
     depths: Depths
+    only: str = ""
+    """The one kind of drills; all by default."""
     lr: float = 1.0
     """Where the learning rate starts, as a share of the recipe's; it falls as a cosine."""
     final: float = 1.0
@@ -43,6 +46,7 @@ class Stage:
 
 
 STAGES = (
+    Stage("routes", 1, drills=1.0, only="route", depths=Depths(), batch_tokens=3072),
     Stage("drills", 2, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
     Stage("context", 7, drills=0.25, depths=Depths(small=0.6, many=0.3, disguised=DISGUISED), final=0.5),
     Stage(
@@ -66,5 +70,5 @@ def tokens_of(stage: Stage, of: int) -> int:
 def rows(stage: Stage, seed: int, count: int, english: English = NONE) -> Iterator[Trajectory]:
     """`count` drills and trajectories, the same for the same seed."""
     drilled = round(count * stage.drills)
-    yield from drills(seed, drilled, english)
+    yield from drills(seed, drilled, english, only=stage.only)
     yield from trajectories(seed, count - drilled, stage.depths, lexicon=english.words)

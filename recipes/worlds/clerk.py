@@ -91,7 +91,7 @@ class Clerk:
         requester, lines = dict(self.known), list[str]()
         for place, item in enumerate(goal["items"]):
             self.done, self.known = place, dict(requester)
-            self.title = f"{mark(place)}: {self.world.title(item['kind'])} {item['about']}"
+            self.title = title(self.world, place, item)
             self.notes.append(self.title)
             lines.append(f"{mark(place)}. {self.item(item)}")
             self.notes.append(lines[-1])
@@ -307,12 +307,18 @@ def decide(world: World, task: Task, messages: Sequence[Message]) -> Message:
     return Message(role="assistant", reasoning="\n".join(clerk.notes), content=content)
 
 
+def title(world: World, place: int, item: Mapping[str, Any]) -> str:
+    """What the notes of an item begin with. Up to the colon it is like the item's line in the plan: the mark and a
+    colon are what leads there."""
+    return f"{mark(place)} now: {world.title(item['kind'])} {item['about']}"
+
+
 def plan(world: World, task: Task) -> list[str]:
     """Each item in the requester's words, what the index says of it, and the procedure that it needs."""
-    lines: list[str] = []
+    lines = ["Plan:"]
     for place, item in enumerate(task.goal["items"]):
-        cited, title = world.cited(item["kind"], item["said"]), world.title(item["kind"])
-        lines.append(f"{mark(place)} {item['said']} = {cited}: {title} {item['about']}")
+        cited, procedure = world.cited(item["kind"], item["said"]), world.title(item["kind"])
+        lines.append(f"{mark(place)} {item['said']} = {cited}: {procedure} {item['about']}")
     return lines
 
 

@@ -18,7 +18,7 @@ from engrain.errors import ToolFailure
 from engrain.task import Task
 from engrain.trajectory import Message, Trajectory
 from worlds.catalogue import TRAINED, family
-from worlds.clerk import Clerk, mark, plan
+from worlds.clerk import Clerk, mark, plan, title
 from worlds.disguise import DISGUISED, disguised
 from worlds.english import NONE, English
 from worlds.language import compared, date_of, made_up
@@ -58,8 +58,10 @@ class Desk:
         )
 
 
-def drills(seed: int, count: int, english: English = NONE, families: Sequence[str] = TRAINED) -> Iterator[Trajectory]:
-    """`count` drills; the same for the same seed."""
+def drills(
+    seed: int, count: int, english: English = NONE, families: Sequence[str] = TRAINED, only: str = ""
+) -> Iterator[Trajectory]:
+    """`count` drills, or so many of `only` one kind; the same for the same seed."""
     rng = random.Random(f"drills/{seed}")
 
     def desk(size: tuple[int, int]) -> Desk:
@@ -80,10 +82,10 @@ def drills(seed: int, count: int, english: English = NONE, families: Sequence[st
     }
     for number in range(count):
         name = f"drill-{seed}-{number}"
-        if rng.random() < CALLS:
+        if not only and rng.random() < CALLS:
             yield calls(desk(KINDS), name)
             continue
-        kind = rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
+        kind = only or rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
         system, asked, answer = kinds[kind][1]()
         while not answer:  # nothing in that world is decided
             system, asked, answer = kinds[kind][1]()
@@ -128,7 +130,7 @@ def decide(desk: Desk) -> Drill:
         if decided:
             asked += [f"{name} {step}" for step, _ in decided]
             records += [f"{name} {record}" for record in seen]
-            lines += [f"{name}: {world.title(goal['kind'])} {goal['about']}", *(line for _, line in decided)]
+            lines += [title(world, place, goal), *(line for _, line in decided)]
     return (
         f"You practise.\n\n{world.manual}\n\n{desk.profile}",
         f"Decide: {', '.join(asked)}\n" + "\n".join(records),
@@ -184,8 +186,7 @@ def route(desk: Desk) -> Drill:
     task = desk.task(desk.rng.randint(6, 16))
     items = list(enumerate(task.goal["items"]))
     desk.rng.shuffle(items)
-    titles = [desk.world.title(item["kind"]) for _, item in items]
-    again = [f"{mark(place)}: {title} {item['about']}" for (place, item), title in zip(items, titles, strict=True)]
+    again = [title(desk.world, place, item) for place, item in items]
     return f"You practise.\n\n{desk.world.index}", task.request, "\n".join([*plan(desk.world, task), *again])
 
 
