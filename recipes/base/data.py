@@ -1,10 +1,10 @@
 """What the bundled base trains on: drills and trajectories of procedural worlds (`recipes/worlds`), never of the
 families that are held out nor of the support desk.
 
-The recipe has four stages, each a mix of its own. Nothing but routing comes first: diluted, it stays at chance for
-millions of tokens, and whatever follows in a trajectory depends on it. Then all drills: short rows, most of whose
-tokens teach. Then trajectories, of small worlds more often than of large ones, since a large one is much to read before
-each turn. Last come long requests, faulty tools and large worlds, while the learning rate falls.
+Each stage is a mix of its own. Nothing but routing comes first, then nothing but decisions: all of a trajectory depends
+on them, and diluted in it, routing was still at chance after 20 million tokens. Then all drills: short rows, most of
+whose tokens teach. Then trajectories, of small worlds more often than of large ones, since a large one is much to read
+before each turn. Last come long requests, faulty tools and large worlds, while the learning rate falls.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Stage:
 
 STAGES = (
     Stage("routes", 1, drills=1.0, only="route", depths=Depths(), batch_tokens=3072),
-    Stage("drills", 2, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
+    Stage("decisions", 1, drills=1.0, only="decide", depths=Depths()),
+    Stage("drills", 1, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
     Stage("context", 7, drills=0.25, depths=Depths(small=0.6, many=0.3, disguised=DISGUISED), final=0.5),
     Stage(
         "anneal",
