@@ -197,18 +197,19 @@ class Clerk:
         """How a rule is written in the notes, and what it says for the case at hand."""
         rule, said, shown = self.world.rules[name], self.task.goal["rules"][name], self.world.shown
         title, tenant = shown[name], self.task.tenant
+        word = '"{}"' if isinstance(rule, Choice) else "{}"
         if rule.by:
             at = self.known[rule.by]
             value = said.get(at, "none")
-            return f"{quoted(shown[rule.by], at)}, {tenant} {title} for {at}: {value}", value
+            return f'{quoted(shown[rule.by], at)}, {tenant} {title} for "{at}": {word.format(value)}', value
         if isinstance(rule, Limit) and rule.rare:
             at, special = self.known[rule.rare], next(word for word in said if word != "else")
             value = said.get(at, said["else"])
-            text = f"{tenant} {title}: {said['else']}, for {special} {said[special]}"
+            text = f'{tenant} {title}: {said["else"]}, for "{special}" {said[special]}'
             return f"{text}, {quoted(shown[rule.rare], at)}, {_same(at == special)}, {value}", value
         if isinstance(rule, Choice) and rule.fields:
-            return f"{tenant} {title}: {shown[said]}", said
-        return f"{tenant} {title}: {said}", said
+            return f"{tenant} {title}: {word.format(shown[said])}", said
+        return f"{tenant} {title}: {word.format(said)}", said
 
     def rule(self, name: str) -> str:
         return self.ruled(name)[0]

@@ -43,10 +43,10 @@ NUMBER_WORDINGS = (
     "Our {name} is {value}.",
 )
 WORD_WORDINGS = (
-    "The {name} is {value}.",
-    "With us the {name} is {value}.",
-    "As {name} take {value}.",
-    "Our {name} is {value}.",
+    'The {name} is "{value}".',
+    'With us the {name} is "{value}".',
+    'As {name} take "{value}".',
+    'Our {name} is "{value}".',
 )
 
 
@@ -79,11 +79,12 @@ def write_rules(world: World, rules: Rules, rng: random.Random) -> list[str]:
         rule, title = world.rules[name], world.shown[name]
         wordings = NUMBER_WORDINGS if isinstance(rule, Limit) else WORD_WORDINGS
         if rule.by:
-            bullets += [rng.choice(wordings).format(name=f"{title} for {word}", value=said[word]) for word in said]
+            names = {word: f'{title} for "{word}"' for word in said}
+            bullets += [rng.choice(wordings).format(name=names[word], value=said[word]) for word in said]
         elif isinstance(said, Mapping):
             special = next(word for word in said if word != "else")
             bullets.append(
-                rng.choice(wordings).format(name=title, value=f"{said['else']}, for {special} {said[special]}")
+                rng.choice(wordings).format(name=title, value=f'{said["else"]}, for "{special}" {said[special]}')
             )
         else:
             value = world.shown[said] if isinstance(rule, Choice) and rule.fields else said

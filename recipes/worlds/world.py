@@ -178,27 +178,31 @@ class World:
         yield from filter(None, (self.rules[rule].by, getattr(self.rules[rule], "rare", "")))
 
     def text(self, step: Step, procedure: Procedure) -> str:
-        """One step in words, without its mark."""
+        """One step in words, without its mark. What is quoted in it is quoted in calls, records and notes, too: the
+        same tokens, which is what copying goes by."""
         match step:
             case Read(record, by):
-                return self.shown[f"get {record}"] + (f" by {self.shown[by]}" if by else "")
+                return self._name(f"get {record}") + (f" by {self._name(by)}" if by else "")
             case Check(record):
-                return f"check by {self.shown[f'get {record}']}"
+                return f"check by {self._name(f'get {record}')}"
             case Do(action, arguments):
-                given = [f"{self.shown[f'{action}.{name}']} {self._from(source)}" for name, source in arguments.items()]
-                return self.shown[f"do {action}"] + (f" with {', '.join(given)}" if given else "")
+                given = [f"{self._name(f'{action}.{name}')} {self._from(source)}" for name, source in arguments.items()]
+                return self._name(f"do {action}") + (f" with {', '.join(given)}" if given else "")
             case Stop(result, when, unless):
-                return f'stop "{result}" {"unless" if unless else "if"} {self._condition(when)}'
+                return f"stop: {result}, {'unless' if unless else 'if'} {self._condition(when)}"
             case Jump(to, when, unless):
                 to = procedure.mark(procedure.places[to])
                 return f"go to {to} {'unless' if unless else 'if'} {self._condition(when)}"
             case End(result, shows):
-                return f'done "{result}"' + (f", {self.shown[shows]}" if shows else "")
+                return f"done: {result}" + (f", {self._name(shows)}" if shows else "")
         raise TypeError(step)
 
     def rule_text(self, name: str) -> str:
         """A rule as a step asks for it: with the field on which it depends, if there is one."""
-        return " for its ".join(self.shown[one] for one in (name, *self.decided_by(name)))
+        return self.shown[name] + "".join(f" for its {self._name(path)}" for path in self.decided_by(name))
+
+    def _name(self, key: str) -> str:
+        return f'"{self.shown[key]}"'
 
     def _from(self, source: Source) -> str:
         match source:
@@ -206,15 +210,15 @@ class World:
                 return f"by {self.rule_text(rule)}"
             case Asked():
                 return "as asked"
-        return f"from {self.shown[source.path]}"
+        return f"from {self._name(source.path)}"
 
     def _condition(self, when: Condition) -> str:
         match when:
             case Over(path, rule):
                 word = "after" if getattr(self.rules[rule], "day", False) else "over"
-                return f"{self.shown[path]} {word} {self.rule_text(rule)}"
+                return f"{self._name(path)} {word} {self.rule_text(rule)}"
             case Is(path, word, rule):
-                return f"{self.shown[path]} is " + (self.rule_text(rule) if rule else f'"{word}"')
+                return f"{self._name(path)} is " + (self.rule_text(rule) if rule else f'"{word}"')
         return f'{self.rule_text(when.rule)} is "{when.word}"'
 
     @cached_property
