@@ -83,7 +83,7 @@ class Recipe:
 
 
 SIZES = {
-    "cpu": Recipe(tokens=52_000_000),
+    "cpu": Recipe(tokens=56_000_000),
     "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, batch=16),
 }
 """`cpu`: 3.4M parameters, about four hours on two cores. `gpu`: 21M parameters."""
