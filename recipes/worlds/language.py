@@ -57,12 +57,13 @@ def day_of(date_text: str) -> int:
 
 
 def compared(limit: int | str, value: int | str) -> str:
-    """Digit by digit from the left: `30, 25: 3>2` and which number or date is greater follows from the last pair."""
+    """Digit by digit from the left, each pair before its sign: `35, 31: 33= 51>`. The last sign says which number or
+    date is greater."""
     ours, theirs = str(limit), str(value)
     if len(ours) != len(theirs):
         seen = "longer" if len(ours) > len(theirs) else "shorter"
     else:
         first = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours) - 1)
         pairs = zip(ours[: first + 1], theirs[: first + 1], strict=True)
-        seen = " ".join(f"{a}{'=' if a == b else '>' if a > b else '<'}{b}" for a, b in pairs)
+        seen = " ".join(f"{a}{b}{'=' if a == b else '>' if a > b else '<'}" for a, b in pairs)
     return f"{limit}, {value}: {seen}"
