@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from worlds import catalogue  # noqa: E402
 from worlds.clerk import decide, expected  # noqa: E402
 from worlds.disguise import KEPT, disguised  # noqa: E402
-from worlds.language import key  # noqa: E402
+from worlds.language import compared, key  # noqa: E402
 from worlds.spec import Jump, Stop  # noqa: E402
 from worlds.tasks import walk  # noqa: E402
 from worlds.trajectories import Depths, trajectories  # noqa: E402
@@ -163,3 +163,20 @@ def test_faults_of_every_recovery_occur():
         for task in islice(flow.tasks("faults", 1), 30):
             seen.update(fault.recovery for fault in task.faults)
     assert set(seen) == {"normal", "ignorable", "fatal"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "seen"),
+    [(35, 31, "33= 51>"), (40, 60, "46<"), (7, 12, "shorter"), (120, 99, "longer"), (21, 21, "22= 11=")],
+)
+def test_numbers_are_compared_digit_by_digit(limit, value, seen):
+    assert compared(limit, value) == f"{limit}, {value}: {seen}"
+
+
+def test_a_kind_is_cited_from_the_first_word_that_only_its_gloss_shares_with_the_request():
+    world, _, _ = made("viewings", 0)
+    for kind, at in world.kinds.items():
+        for phrase in at.phrases:
+            cited = world.cited(kind, phrase)
+            assert at.gloss.endswith(cited) and cited.split()[0].strip(",").lower() in phrase.lower()
+            assert f": {world.title(kind)}" in world.index
