@@ -49,7 +49,8 @@ def quotes(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Quotes
     turns = [{"role": "system", "content": system.content}, {"role": "user", "content": user.content}]
     head = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert isinstance(head, str)
-    ids, spans = ids_of(f"{head}<think>"), list[tuple[int, int]]()
+    heading = plan.reasoning.partition("(")[0]
+    ids, spans = ids_of(f"{head}<think>{heading}"), list[tuple[int, int]]()
     for line in planned(plan.reasoning):
         mark, said = line.split(" = ")[0].split(" ", 1)
         ids += ids_of(mark)
