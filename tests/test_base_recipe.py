@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engrain.model import load_base
+from engrain.agent import bundled_base
+from engrain.model import base_digest, load_base
 from engrain.workflow import load_workflow
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,14 @@ def test_the_recipe_runs_from_nothing_to_a_base(tmp_path, monkeypatch):
     assert "--size cpu --tokens 3000 --seed 0" in card and "apache-2.0" in card
     assert all(f"| {stage.name} |" in card for stage in data.STAGES)
     assert "| stage | tokens | loss | copy |" in card and card.count("| 25 |") >= len(data.STAGES)
+
+
+def test_the_recipe_goes_on_from_an_earlier_base_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "STAGES", ())
+    make.main(tmp_path / "base", work=tmp_path / "work", start=bundled_base())
+    assert base_digest(tmp_path / "base") == base_digest(bundled_base())
+    card = (tmp_path / "base" / "README.md").read_text()
+    assert f"earlier base, {base_digest(bundled_base())[:12]}" in card and f"--start {bundled_base()}" in card
 
 
 def test_both_sizes_are_as_large_as_they_say():

@@ -32,8 +32,9 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 from worlds import catalogue, probes  # noqa: E402
 from worlds.clerk import decide, expected  # noqa: E402
+from worlds.drawing import draw  # noqa: E402
 from worlds.trajectories import HOME, UNSEEN, trajectories  # noqa: E402
-from worlds.world import World, draw  # noqa: E402
+from worlds.world import World  # noqa: E402
 
 Capture = pytest.CaptureFixture[str]
 

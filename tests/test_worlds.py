@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from worlds import catalogue  # noqa: E402
 from worlds.clerk import decide, expected  # noqa: E402
 from worlds.disguise import KEPT, disguised  # noqa: E402
+from worlds.drawing import draw  # noqa: E402
 from worlds.language import compared, key  # noqa: E402
 from worlds.spec import Jump, Stop  # noqa: E402
 from worlds.tasks import walk  # noqa: E402
 from worlds.trajectories import Depths, trajectories  # noqa: E402
 from worlds.workflow import tenants, workflow  # noqa: E402
-from worlds.world import draw  # noqa: E402
 
 WORLDS = 3
 

@@ -20,13 +20,14 @@ from engrain.trajectory import Message, Trajectory
 from worlds.catalogue import TRAINED, family
 from worlds.clerk import Clerk, mark, plan, title
 from worlds.disguise import DISGUISED, disguised
+from worlds.drawing import KINDS, draw
 from worlds.english import NONE, English
 from worlds.language import compared, date_of, made_up
 from worlds.spec import Asked, Do, Jump, Ref, Stop
 from worlds.store import Store
 from worlds.tasks import Rules, make_task, walk, write_rules
 from worlds.workflow import tenants, workflow
-from worlds.world import KINDS, World, draw
+from worlds.world import World
 
 COMPARISONS = 12
 WORDS = 60

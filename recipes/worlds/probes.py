@@ -23,11 +23,12 @@ from engrain.trajectory import Message, ToolCall
 from engrain.workflow import Workflow
 from worlds.catalogue import HELD_OUT, TRAINED, family
 from worlds.clerk import expected
+from worlds.drawing import draw
 from worlds.spec import Jump, Over, Stop
 from worlds.tasks import Rules, draw_rules, walk
 from worlds.trajectories import UNSEEN
 from worlds.workflow import tenants, workflow
-from worlds.world import World, draw
+from worlds.world import World
 
 TENANTS = 4
 PER_TENANT = 2

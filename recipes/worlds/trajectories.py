@@ -15,9 +15,9 @@ from engrain.trajectory import Message, Trajectory
 from engrain.workflow import Workflow
 from worlds.catalogue import TRAINED, family
 from worlds.disguise import disguised
+from worlds.drawing import KINDS, draw
 from worlds.tasks import make_task, walk
 from worlds.workflow import tenants, workflow
-from worlds.world import KINDS, draw
 
 HOME = 10**9
 """Seeds from here on are of the worlds that come back."""
