@@ -82,8 +82,10 @@ def model(kind: str = "llama", family: Family = "chatml") -> PreTrainedModel:
 KINDS = ("llama", "qwen3", "qwen3 sliding", "mistral")
 
 
-def make(kind: str = "llama", family: Family = "chatml", **options: object) -> Engine:
-    return Engine(model(kind, family), renderer(family), tokenizer(family), **options)  # type: ignore[arg-type]
+def make(kind: str = "llama", family: Family = "chatml", together: bool = False, **options: object) -> Engine:
+    engine = Engine(model(kind, family), renderer(family), tokenizer(family), **options)  # type: ignore[arg-type]
+    engine.cache.together = together  # as on a GPU
+    return engine
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -106,10 +108,11 @@ def full_logprobs(network: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 # What is decoded
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_equals_generate(kind: str) -> None:
+def test_greedy_equals_generate(kind: str, together: bool) -> None:
     given_prompts = prompts(3, 50, 17, 300, 33)
-    got = make(kind).generate(given_prompts, max_new=30)
+    got = make(kind, together=together).generate(given_prompts, max_new=30)
     for prompt, ids in zip(given_prompts, got, strict=True):
         plain = model(kind).generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=30, do_sample=False
@@ -117,12 +120,13 @@ def test_greedy_equals_generate(kind: str) -> None:
         assert ids == plain[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_batched_equals_single_and_logprobs_are_the_models_own(kind: str) -> None:
-    together = make(kind, sampling=RANDOM).decode(requests())
-    assert len({len(completion.ids) for completion in together}) > 2  # rows end at different times
-    for request, batched in zip(requests(), together, strict=True):
-        alone = make(kind, sampling=RANDOM).decode([request])[0]
+def test_batched_equals_single_and_logprobs_are_the_models_own(kind: str, together: bool) -> None:
+    batch = make(kind, together=together, sampling=RANDOM).decode(requests())
+    assert len({len(completion.ids) for completion in batch}) > 2  # rows end at different times
+    for request, batched in zip(requests(), batch, strict=True):
+        alone = make(kind, together=together, sampling=RANDOM).decode([request])[0]
         assert batched.ids == alone.ids
         assert batched.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
         stream = [*request.prompt, *batched.ids]
@@ -444,7 +448,7 @@ def test_attention_that_the_cache_cannot_reproduce_is_refused(change: dict[str, 
 
 def test_a_model_that_is_not_what_it_says_without_the_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """For example a base with soft-capped attention, which the cache's attention knows nothing of."""
-    together = kv_cache._together
-    monkeypatch.setattr(kv_cache, "_together", lambda step, query, *rest: together(step, query * 2, *rest))
+    apart = kv_cache._apart
+    monkeypatch.setattr(kv_cache, "_apart", lambda step, query, *rest: apart(step, query * 2, *rest))
     with pytest.raises(ModelError, match="relative error"):
         make()

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig
 ATTENTION = "engrain_lines"
 FIRST_CAPACITY = 256
 WIDEST_TOGETHER = 16
-"""Up to this many new tokens a line, all lines attend in one call (padded); beyond, each line in its own, exactly."""
+"""Up to this many new tokens a line, all lines may attend in one call (padded); beyond, each line in its own."""
 
 
 @dataclass(eq=False)
@@ -50,15 +50,20 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 class KVCache:
-    """Per layer `keys` and `values` of shape `lines capacity heads dim`; both lines and capacity grow by doubling."""
+    """Per layer `keys` and `values` of shape `lines heads capacity dim`; both lines and capacity grow by doubling.
+
+    A head's cells lie side by side: attention over a long line is bounded by reading them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.lines: list[Line] = []
         self.capacity = FIRST_CAPACITY
         self.rows = 0
-        self.keys: dict[int, Float[Tensor, "lines capacity heads dim"]] = {}
-        self.values: dict[int, Float[Tensor, "lines capacity heads dim"]] = {}
+        self.together = device.type != "cpu"
+        """Whether short extensions attend in one call: fewer launches, but every line pays for the longest one."""
+        self.keys: dict[int, Float[Tensor, "lines heads capacity dim"]] = {}
+        self.values: dict[int, Float[Tensor, "lines heads capacity dim"]] = {}
 
     def add_line(self) -> Line:
         self.lines.append(Line(index=len(self.lines)))
@@ -69,8 +74,8 @@ class KVCache:
     def _resize(self, rows: int, capacity: int) -> None:
         for store in (self.keys, self.values):
             for layer, old in store.items():
-                store[layer] = old.new_zeros(rows, capacity, *old.shape[2:])
-                store[layer][: old.shape[0], : old.shape[1]] = old
+                store[layer] = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
+                store[layer][: old.shape[0], :, : old.shape[2]] = old
         self.rows, self.capacity = rows, capacity
 
     def reserve(self, tokens: int) -> None:
@@ -84,7 +89,7 @@ class KVCache:
         """Make `target` start as `source` does, without encoding."""
         for store in (self.keys, self.values):
             for kept in store.values():
-                kept[target.index, :tokens] = kept[source.index, :tokens]
+                kept[target.index, :, :tokens] = kept[source.index, :, :tokens]
         target.ids = source.ids[:tokens]
 
     def to_front(self, lines: Sequence[Line]) -> None:
@@ -100,7 +105,7 @@ class KVCache:
         pair, turned = [left.index, right.index], [right.index, left.index]
         for store in (self.keys, self.values):
             for kept in store.values():
-                kept[pair, :tokens] = kept[turned, :tokens]
+                kept[pair, :, :tokens] = kept[turned, :, :tokens]
         left.index, right.index = right.index, left.index
         self.lines[left.index], self.lines[right.index] = left, right
 
@@ -109,16 +114,16 @@ class KVCache:
         layer: int,
         keys: Float[Tensor, "tokens heads dim"],
         values: Float[Tensor, "tokens heads dim"],
-        cells: Int[Tensor, " tokens"],
-    ) -> tuple[Float[Tensor, "lines capacity heads dim"], Float[Tensor, "lines capacity heads dim"]]:
-        """Put a layer's new keys and values into their cells; returns the whole layer.
+        step: Step,
+    ) -> tuple[Float[Tensor, "lines heads capacity dim"], Float[Tensor, "lines heads capacity dim"]]:
+        """Put a layer's new keys and values into the step's cells; returns the whole layer.
 
         Storage starts as zeros: a masked cell still multiplies a weight of 0, and 0 times uninitialised NaN is NaN.
         """
         for store, new in ((self.keys, keys), (self.values, values)):
             if layer not in store:
-                store[layer] = new.new_zeros(self.rows, self.capacity, *new.shape[1:])
-            store[layer].flatten(0, 1).index_copy_(0, cells, new)
+                store[layer] = new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[2])
+            store[layer][step.rows, :, step.positions[0]] = new
         return self.keys[layer], self.values[layer]
 
 
@@ -133,17 +138,17 @@ class Step:
         self.counts = [len(feed) for feed in feeds]
         self.ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
         cache.reserve(max(self.ends))
-        positions, cells, ids = [], [], []
+        positions, rows, ids = [], [], []
         for line, feed, start, end in zip(lines, feeds, self.starts, self.ends, strict=True):
             ids.extend(feed)
             positions.extend(range(start, end))
-            cells.extend(range(line.index * cache.capacity + start, line.index * cache.capacity + end))
-        packed = torch.tensor([ids, positions, cells], device=cache.device)
+            rows.extend([line.index] * len(feed))
+        packed = torch.tensor([ids, positions, rows], device=cache.device)
         self.ids: Int[Tensor, "1 tokens"] = packed[0:1]
         self.positions: Int[Tensor, "1 tokens"] = packed[1:2]
-        self.cells: Int[Tensor, " tokens"] = packed[2]
+        self.rows: Int[Tensor, " tokens"] = packed[2]
         self.widest = max(self.counts)
-        self.together = self.widest <= WIDEST_TOGETHER
+        self.together = cache.together and self.widest <= WIDEST_TOGETHER
         self._masks: dict[Any, Tensor | None] = {}
         self.spread: Int[Tensor, "lines widest"] | None = None
         self.gather: Int[Tensor, " tokens"] | None = None
@@ -171,6 +176,17 @@ class Step:
         key = (window, copies, dtype)
         if key not in self._masks:
             self._masks[key] = self._build_mask(window, copies, dtype)
+        return self._masks[key]
+
+    def own_mask(
+        self, offset: int, count: int, end: int, window: int | None, dtype: torch.dtype
+    ) -> Float[Tensor, "queries cells"] | None:
+        """What each new token of one line may see; None if everything up to itself, from the line's first token."""
+        if (count == end or count == 1) and (window is None or end <= window):
+            return None
+        key = (offset, window, dtype)
+        if key not in self._masks:
+            self._masks[key] = causal_mask(self.positions[0, offset : offset + count], end, window, dtype)
         return self._masks[key]
 
     def _build_mask(self, window: int | None, copies: int, dtype: torch.dtype) -> Tensor | None:
@@ -205,7 +221,7 @@ def attend(
 ) -> tuple[Float[Tensor, "1 tokens heads dim"], None]:
     """transformers' attention interface over the cache that `lines_step` (passed to the model's forward) extends."""
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = lines_step.cache.write(cast(int, module.layer_idx), new_keys, new_values, lines_step.cells)
+    keys, values = lines_step.cache.write(cast(int, module.layer_idx), new_keys, new_values, lines_step)
     scheme = _together if lines_step.together else _apart
     return scheme(lines_step, query[0].transpose(0, 1), keys, values, scaling, sliding_window)[None], None
 
@@ -215,7 +231,7 @@ def _together(
 ) -> Float[Tensor, "tokens heads dim"]:
     """One call for all lines. Query heads that share a key head are stacked as further queries: keys are not copied."""
     batch, width, end = len(step.counts), step.widest, max(step.ends)
-    heads, dim, kv_heads = query.shape[1], query.shape[2], keys.shape[2]
+    heads, dim, kv_heads = query.shape[1], query.shape[2], keys.shape[1]
     copies = heads // kv_heads
     rows = slice(0, batch) if step.lines == list(range(batch)) else step.lines
     if step.spread is not None:
@@ -223,8 +239,8 @@ def _together(
     query = query.view(batch, width, kv_heads, copies, dim).permute(0, 2, 3, 1, 4)
     seen = F.scaled_dot_product_attention(
         query.reshape(batch, kv_heads, copies * width, dim),
-        keys[rows, :end].transpose(1, 2),
-        values[rows, :end].transpose(1, 2),
+        keys[rows, :, :end],
+        values[rows, :, :end],
         attn_mask=step.mask(window, copies, query.dtype),
         scale=scaling,
     )
@@ -235,17 +251,16 @@ def _together(
 def _apart(
     step: Step, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
 ) -> Float[Tensor, "tokens heads dim"]:
-    """One call a line, for long extensions: no line pays for its neighbours' length."""
+    """One call a line: no line pays for its neighbours' length."""
     parts, offset = [], 0
-    for line, start, end, count in zip(step.lines, step.starts, step.ends, step.counts, strict=True):
-        whole = start == 0 and (window is None or end <= window)
-        mask = None if whole else causal_mask(step.positions[0, offset : offset + count], end, window, query.dtype)
+    for line, end, count in zip(step.lines, step.ends, step.counts, strict=True):
+        mask = step.own_mask(offset, count, end, window, query.dtype)
         seen = F.scaled_dot_product_attention(
             query[None, offset : offset + count].transpose(1, 2),
-            keys[line, None, :end].transpose(1, 2),
-            values[line, None, :end].transpose(1, 2),
+            keys[line, None, :, :end],
+            values[line, None, :, :end],
             attn_mask=mask,
-            is_causal=whole,
+            is_causal=mask is None and count > 1,
             scale=scaling,
             enable_gqa=True,
         )
