@@ -69,7 +69,8 @@ def test_items_are_routed_by_words_that_they_share_with_the_index_and_said_again
 def test_decisions_quote_the_manual_and_the_records(drilled):
     for system, asked, answer in drilled["decide"]:
         decided = [line for line in answer.splitlines() if not line.startswith("(")]
-        assert len(decided) == asked.splitlines()[0].count("(")
+        order = next(line for line in asked.splitlines() if line.startswith("Decide: "))
+        assert len(decided) == order.count("(")
         for line in decided:
             step = next(step for step in system.splitlines() if line.startswith(f"{step}: "))
             why = line.removeprefix(step)
@@ -79,8 +80,14 @@ def test_decisions_quote_the_manual_and_the_records(drilled):
                 assert bool(ended[1]) == (" unless " in step)
                 assert ended[1] is None or (ended[1] == "met") == (ended[2] == "go on")
             for name, value in re.findall(r'(?<!for )("\w+"): ("[^"]*"|\d+)', why):
-                argument = not ended and f"{name}: {value}" not in asked  # its value comes from a field or a rule
-                assert (f": {value}" in asked or value in system) if argument else f"{name}: {value}" in asked
+                # a value that is no record's comes from a field, a rule or the request
+                argument = not ended and f"{name}: {value}" not in asked
+                said = (f": {value}" in asked, value in system, value.strip('"') in why.partition(" = ")[0])
+                assert any(said) if argument else f"{name}: {value}" in asked
+            if " as asked" in step:
+                quote, values = re.search(r"(\([a-z]+\) .+) = (.+)$", why).groups()
+                assert quote in asked.splitlines()
+                assert any(value.strip('"') in quote for value in re.findall(r': ("[^"]*"|\d+)', values))
 
 
 def test_rules_are_those_of_the_profile(drilled):

@@ -208,6 +208,17 @@ def test_embeddings_can_be_trained_more_slowly(tmp_path: Path) -> None:
         assert moved[0.1][name] == pytest.approx(most * (0.1 if "embed" in name else 1.0), rel=0.02)
 
 
+def test_tied_embeddings_of_tokens_that_do_not_occur_stay(tmp_path: Path) -> None:
+    """As outputs they have gradients too, which AdamW would make steps of the learning rate."""
+    ours = base()
+    embeddings = ours.model.get_input_embeddings().weight
+    before = embeddings.detach().clone()
+    rows = [Row([3, 5, 3, 5, 3, 5], [False, *[True] * 5]), Row([7, 3, 7, 3], [False, True, True, True])]
+    train(ours, None, rows, replace(CONFIG, tokens=200), tmp_path)
+    moved = (embeddings != before).any(1).nonzero().flatten().tolist()
+    assert ours.model.config.tie_word_embeddings and moved == [3, 5, 7]
+
+
 def test_the_caller_gets_the_model_back_as_it_was(tmp_path: Path) -> None:
     ours = base()
     torch.manual_seed(5)

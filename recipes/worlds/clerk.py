@@ -73,6 +73,8 @@ class Clerk:
     """What there is to say since the last result."""
     title: str = ""
     """The item at hand; the notes of every turn start with it."""
+    said: str = ""
+    """The item's mark and the requester's words: notes on what was asked quote them."""
     done: int = -1
     """The index of the item that is being done; -1 before the first."""
     known: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Clerk:
         requester, lines = dict(self.known), list[str]()
         for place, item in enumerate(goal["items"]):
             self.done, self.known = place, dict(requester)
-            self.title = title(self.world, place, item)
+            self.title, self.said = title(self.world, place, item), request(place, item)
             self.notes.append(self.title)
             lines.append(f"{mark(place)}. {self.item(item)}")
             self.notes.append(lines[-1])
@@ -169,7 +171,10 @@ class Clerk:
         shown, sources = self.world.shown, step.arguments
         given = {shown[f"{step.action}.{name}"]: self.value(source, asked) for name, source in sources.items()}
         rules = [self.rule(source.rule) for source in sources.values() if isinstance(source, By)]
-        why = ", ".join([*rules, *(quoted(name, value) for name, value in given.items())])
+        values = ", ".join(quoted(name, value) for name, value in given.items())
+        if any(isinstance(source, Asked) for source in sources.values()):
+            values = f"{self.said} = {values}"
+        why = ", ".join([*rules, values] if values else rules)
         return given, f"{procedure.mark(place)} {self.world.text(step, procedure)}{': ' if why else ''}{why}"
 
     def read(self, record: str, name: str, needs: Sequence[str]) -> None:
@@ -314,12 +319,17 @@ def title(world: World, place: int, item: Mapping[str, Any]) -> str:
     return f"{mark(place)} now: {world.title(item['kind'])} {item['about']}"
 
 
+def request(place: int, item: Mapping[str, Any]) -> str:
+    """An item in the requester's words."""
+    return f"{mark(place)} {item['said']}"
+
+
 def plan(world: World, task: Task) -> list[str]:
     """Each item in the requester's words, what the index says of it, and the procedure that it needs."""
     lines = ["Plan:"]
     for place, item in enumerate(task.goal["items"]):
         cited, procedure = world.cited(item["kind"], item["said"]), world.title(item["kind"])
-        lines.append(f"{mark(place)} {item['said']} = {cited}: {procedure} {item['about']}")
+        lines.append(f"{request(place, item)} = {cited}: {procedure} {item['about']}")
     return lines
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,12 @@ from engrain.errors import ToolFailure
 from engrain.task import Task
 from engrain.trajectory import Message, Trajectory
 from worlds.catalogue import TRAINED, family
-from worlds.clerk import Clerk, mark, plan, title
+from worlds.clerk import Clerk, mark, plan, request, title
 from worlds.disguise import DISGUISED, disguised
 from worlds.drawing import KINDS, draw
 from worlds.english import NONE, English
 from worlds.language import compared, date_of, made_up
-from worlds.spec import Asked, Do, Jump, Ref, Stop
+from worlds.spec import Do, Jump, Ref, Stop
 from worlds.store import Store
 from worlds.tasks import Rules, make_task, walk, write_rules
 from worlds.workflow import tenants, workflow
@@ -33,6 +33,8 @@ COMPARISONS = 12
 WORDS = 60
 CALLS = 0.1
 """Share of the drills that call tools."""
+ROUTED_IN_OTHER_WORDS = 0.8
+"""Share of drills in routing that are in other words; a family's own are learnt by heart in place of looking."""
 
 MOST_CALLS = 12
 
@@ -65,9 +67,9 @@ def drills(
     """`count` drills, or so many of `only` one kind; the same for the same seed."""
     rng = random.Random(f"drills/{seed}")
 
-    def desk(size: tuple[int, int]) -> Desk:
+    def desk(size: tuple[int, int], share: float = DISGUISED) -> Desk:
         of = family(rng.choice(families))
-        if rng.random() < DISGUISED:
+        if rng.random() < share:
             of = disguised(of, rng, english.words)
         world = draw(of, rng.randrange(10**9), size)
         ((tenant, said),) = tenants(world, rng.randrange(10**9), 1).items()
@@ -75,7 +77,7 @@ def drills(
 
     kinds: dict[str, tuple[int, Callable[[], Drill]]] = {
         "decide": (4, lambda: decide(desk((1, 4)))),
-        "route": (5, lambda: route(desk(KINDS))),
+        "route": (5, lambda: route(desk(KINDS, ROUTED_IN_OTHER_WORDS))),
         "steps": (1, lambda: steps(desk((2, 6)))),
         "rules": (2, lambda: rules(desk(KINDS))),
         "compare": (1, lambda: compare(rng)),
@@ -122,34 +124,36 @@ def calls(desk: Desk, name: str) -> Trajectory:
 
 def decide(desk: Desk) -> Drill:
     """Every step that decides or calls with something, for a few items, in any order; their records are given."""
-    world, lines, asked, records = desk.world, list[str](), list[str](), list[str]()
+    world, lines, asked, requests, records = desk.world, list[str](), list[str](), list[str](), list[str]()
     for place in range(desk.rng.randint(2, 4)):
         task = desk.task(1)
         goal, name = task.goal["items"][0], mark(place)
         clerk, seen = _informed(world, task)
-        decided = list(_decided(world, clerk, goal["kind"], desk.rng))
+        clerk.said = request(place, goal)
+        decided = list(_decided(world, clerk, goal, desk.rng))
         if decided:
+            requests.append(clerk.said)
             asked += [f"{name} {step}" for step, _ in decided]
             records += [f"{name} {record}" for record in seen]
             lines += [title(world, place, goal), *(line for _, line in decided)]
     return (
         f"You practise.\n\n{world.manual}\n\n{desk.profile}",
-        f"Decide: {', '.join(asked)}\n" + "\n".join(records),
+        "\n".join([*requests, f"Decide: {', '.join(asked)}", *records]),
         "\n".join(lines),
     )
 
 
-def _decided(world: World, clerk: Clerk, kind: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """The mark and the note of each step of a procedure that decides something, or what to call with."""
-    procedure = world.procedures[kind]
+def _decided(world: World, clerk: Clerk, item: Mapping[str, Any], rng: random.Random) -> Iterator[tuple[str, str]]:
+    """The mark and the note of each step of an item's procedure that decides something, or what to call with."""
+    procedure = world.procedures[item["kind"]]
     for place in rng.sample(range(len(procedure.steps)), len(procedure.steps)):
         step = procedure.steps[place]
         if not all(path in clerk.known for path in world.needs(step)):
             continue
         if isinstance(step, (Stop, Jump)):
             yield procedure.mark(place), clerk.decided(step, procedure, place)[1]
-        if isinstance(step, Do) and step.arguments and not any(isinstance(of, Asked) for of in step.arguments.values()):
-            yield procedure.mark(place), clerk.given(step, {}, procedure, place)[1]
+        if isinstance(step, Do) and step.arguments:
+            yield procedure.mark(place), clerk.given(step, item["asked"], procedure, place)[1]
 
 
 def _informed(world: World, task: Task) -> tuple[Clerk, list[str]]:

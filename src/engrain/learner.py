@@ -145,6 +145,7 @@ class Learner:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(count)
+        self._leave_absent_tokens(rows)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise InputError(f"loss {mean} with gradient norm {norm}; lower lr (now {lr:.2g}) and resume")
@@ -152,6 +153,18 @@ class Learner:
             group["lr"] = lr * group["share"]
         self.optimizer.step()
         return mean, norm
+
+    def _leave_absent_tokens(self, rows: Sequence[Row]) -> None:
+        """Only tokens of the batch move a tied embedding.
+
+        As outputs, all others are pushed away a little from every state, and Adam makes much of any steady little: rare
+        tokens end up as one and the same (Gao et al., 2019, arXiv:1907.12009), and none of them can be copied.
+        """
+        embeddings = self.model.get_input_embeddings().weight
+        if self.model.config.tie_word_embeddings and embeddings.grad is not None:
+            absent = torch.ones(len(embeddings), dtype=torch.bool)
+            absent[torch.tensor([token for row in rows for token in row.ids])] = False
+            embeddings.grad[absent.to(embeddings.device)] = 0
 
     def _gradients(self, rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
         """Of the loss over rows, with respect to the trained weights or to the factors that the source makes now."""
