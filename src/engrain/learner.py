@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -160,11 +160,11 @@ class Learner:
         As outputs, all others are pushed away a little from every state, and Adam makes much of any steady little: rare
         tokens end up as one and the same (Gao et al., 2019, arXiv:1907.12009), and none of them can be copied.
         """
-        embeddings = self.model.get_input_embeddings().weight
-        if self.model.config.tie_word_embeddings and embeddings.grad is not None:
-            absent = torch.ones(len(embeddings), dtype=torch.bool)
+        gradient = cast(Tensor, self.model.get_input_embeddings().weight).grad
+        if self.model.config.tie_word_embeddings and gradient is not None:
+            absent = torch.ones(len(gradient), dtype=torch.bool)
             absent[torch.tensor([token for row in rows for token in row.ids])] = False
-            embeddings.grad[absent.to(embeddings.device)] = 0
+            gradient[absent.to(gradient.device)] = 0
 
     def _gradients(self, rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
         """Of the loss over rows, with respect to the trained weights or to the factors that the source makes now."""
