@@ -86,7 +86,7 @@ SIZES = {
     "cpu": Recipe(tokens=56_000_000),
     "gpu": Recipe(tokens=1_000_000_000, vocabulary=8192, width=384, layers=10, batch=16),
 }
-"""`cpu`: 3.4M parameters, about four hours on two cores. `gpu`: 21M parameters."""
+"""`cpu`: 3.4M parameters, four to six hours on two cores. `gpu`: 21M parameters."""
 
 
 class Rows(Sequence[Row]):

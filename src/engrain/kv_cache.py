@@ -134,12 +134,12 @@ class Step:
         self.cache = cache
         self._new = list(zip(lines, feeds, strict=True))
         self.lines = [line.index for line in lines]
-        self.starts = [len(line.ids) for line in lines]
+        starts = [len(line.ids) for line in lines]
         self.counts = [len(feed) for feed in feeds]
-        self.ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        self.ends = [start + count for start, count in zip(starts, self.counts, strict=True)]
         cache.reserve(max(self.ends))
         positions, rows, ids = [], [], []
-        for line, feed, start, end in zip(lines, feeds, self.starts, self.ends, strict=True):
+        for line, feed, start, end in zip(lines, feeds, starts, self.ends, strict=True):
             ids.extend(feed)
             positions.extend(range(start, end))
             rows.extend([line.index] * len(feed))
@@ -184,7 +184,7 @@ class Step:
         """What each new token of one line may see; None if everything up to itself, from the line's first token."""
         if (count == end or count == 1) and (window is None or end <= window):
             return None
-        key = (offset, window, dtype)
+        key = ("own", offset, window, dtype)
         if key not in self._masks:
             self._masks[key] = causal_mask(self.positions[0, offset : offset + count], end, window, dtype)
         return self._masks[key]
