@@ -64,7 +64,7 @@ def test_words_that_matter_are_quoted_as_the_record_or_the_call_writes_them():
                 for quote, name in re.findall(r'("(\w+)": "\w+")', turn.reasoning):
                     assert any(quote in content for content in seen)
                     quotes[name] += 1
-                for rule, name in re.findall(r'field of \w+: (\w+), "(\w+)"', turn.reasoning):
+                for rule, name in re.findall(r'\w+ field: (\w+), "(\w+)"', turn.reasoning):
                     assert rule == name
     words = {"category", "method", "item", "parcel", "payment", "tier", "role", "team", "api_version", "ticket"}
     assert {*words, *rules.FIELDS} <= set(quotes)
@@ -105,9 +105,9 @@ def test_every_refund_says_which_rules_of_the_tenant_led_to_it():
         for message in trajectory.messages:
             if message.tool_calls and message.tool_calls[0].name == "issue_refund":
                 refunds += 1
-                assert f"credit method of {trajectory.tenant}: {known.method}, " in message.reasoning
+                assert f"{trajectory.tenant} credit method: {known.method}, " in message.reasoning
                 version = rules.quoted("api_version", known.version)
-                assert message.reasoning.endswith(f"version of {trajectory.tenant}: {version}")
+                assert message.reasoning.endswith(f"{trajectory.tenant} version: {version}")
     assert refunds > 5
 
 

@@ -87,7 +87,7 @@ class View:
     def rule(self, name: str, held_against: str = "") -> None:
         """Note what a rule of this tenant says, and what that means for the value at hand."""
         said = self.says.get(name, "none")
-        self.notes.append(f"{name} of {self.tenant}: {said}{', ' if held_against else ''}{held_against}")
+        self.notes.append(f"{self.tenant} {name}: {said}{', ' if held_against else ''}{held_against}")
 
 
 def _key(arguments: str) -> str:
