@@ -64,7 +64,7 @@ def test_words_that_matter_are_quoted_as_the_record_or_the_call_writes_them():
                 for quote, name in re.findall(r'("(\w+)": "\w+")', turn.reasoning):
                     assert any(quote in content for content in seen)
                     quotes[name] += 1
-                for rule, name in re.findall(r'field of \w+: (\w+), "(\w+)"', turn.reasoning):
+                for rule, name in re.findall(r'\w+ field: (\w+), "(\w+)"', turn.reasoning):
                     assert rule == name
     words = {"category", "method", "item", "parcel", "payment", "tier", "role", "team", "api_version", "ticket"}
     assert {*words, *rules.FIELDS} <= set(quotes)
@@ -87,13 +87,13 @@ def test_every_note_after_the_plan_begins_with_the_customer_or_the_item_at_hand(
         titles = {line.split(" = ")[1].split(" ", 1)[1] for line in trajectory.messages[2].reasoning.splitlines()}
         for message in trajectory.messages[4:]:
             if message.role == "assistant" and message.reasoning:
-                assert message.reasoning.startswith(("customer is", "retry", "failed", *titles))
+                assert message.reasoning.startswith(('"tier": ', "retry", "failed", *titles))
 
 
 def test_numbers_are_compared_digit_by_digit():
-    assert rules.judged(360, 352) == "352: 3=3 6>5, within"
-    assert rules.judged(95, 120) == "120: shorter, over"
-    assert rules.judged(21, 21) == "21: 2=2 1=1, within"
+    assert rules.judged(360, 352) == "360, 352: 33= 65>, within"
+    assert rules.judged(95, 120) == "95, 120: shorter, over"
+    assert rules.judged(21, 21) == "21, 21: 22= 11=, within"
     for limit, value in product(range(1, 130, 3), range(1, 130)):
         assert rules.judged(limit, value).endswith("within" if value <= limit else "over")
 
@@ -105,9 +105,9 @@ def test_every_refund_says_which_rules_of_the_tenant_led_to_it():
         for message in trajectory.messages:
             if message.tool_calls and message.tool_calls[0].name == "issue_refund":
                 refunds += 1
-                assert f"credit method of {trajectory.tenant}: {known.method}, " in message.reasoning
+                assert f"{trajectory.tenant} credit method: {known.method}, " in message.reasoning
                 version = rules.quoted("api_version", known.version)
-                assert message.reasoning.endswith(f"version of {trajectory.tenant}: {version}")
+                assert message.reasoning.endswith(f"{trajectory.tenant} version: {version}")
     assert refunds > 5
 
 

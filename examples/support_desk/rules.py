@@ -200,15 +200,15 @@ def quoted(name: str, value: object) -> str:
 
 
 def judged(limit: int, value: int) -> str:
-    """A value held against its limit, digit by digit from the left: `352: 3=3 6>5, within` for a limit of 360."""
+    """A value held against its limit, digit by digit from the left: `360, 352: 33= 65>, within`."""
     ours, theirs = str(limit), str(value)
     if len(ours) != len(theirs):
         seen = "longer" if len(ours) > len(theirs) else "shorter"
     else:
         first = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours) - 1)
         pairs = zip(ours[: first + 1], theirs[: first + 1], strict=True)
-        seen = " ".join(f"{a}{'=' if a == b else '>' if a > b else '<'}{b}" for a, b in pairs)
-    return f"{value}: {seen}, {'within' if value <= limit else 'over'}"
+        seen = " ".join(f"{a}{b}{'=' if a == b else '>' if a > b else '<'}" for a, b in pairs)
+    return f"{limit}, {value}: {seen}, {'within' if value <= limit else 'over'}"
 
 
 def parse(bullets: Sequence[str]) -> Rules:

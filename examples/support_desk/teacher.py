@@ -87,7 +87,7 @@ class View:
     def rule(self, name: str, held_against: str = "") -> None:
         """Note what a rule of this tenant says, and what that means for the value at hand."""
         said = self.says.get(name, "none")
-        self.notes.append(f"{name} of {self.tenant}: {said}{', ' if held_against else ''}{held_against}")
+        self.notes.append(f"{self.tenant} {name}: {said}{', ' if held_against else ''}{held_against}")
 
 
 def _key(arguments: str) -> str:
@@ -106,10 +106,15 @@ def _fields(content: str) -> dict[str, Any]:
     return {back.get(str(name), str(name)): value for name, value in result.items()} if isinstance(result, dict) else {}
 
 
-def within(view: View, name: str, limit: int, value: int) -> bool:
+def within(view: View, name: str, limit: int, at: str, record: Mapping[str, Any]) -> bool:
     """Compare in writing, so that the numbers stand beside each other before the decision."""
-    view.rule(name, judged(limit, value))
-    return value <= limit
+    view.rule(name, f"{quoted(at, record[at])}, {judged(limit, record[at])}")
+    return record[at] <= limit
+
+
+def same(view: View, name: str, word: str, at: str, record: Mapping[str, Any]) -> bool:
+    view.rule(name, f"{quoted(at, record[at])}, {'same' if record[at] == word else 'other'}")
+    return record[at] == word
 
 
 def handle(item: Item, view: View, rules: Rules, tier: str) -> str:
@@ -129,15 +134,16 @@ def _confirm(view: View, tool: str, order: str) -> None:
         view.notes.append("ignore it")
 
 
-def _pay_back(item: Item, view: View, rules: Rules, tier: str, amount: int, method: str = "") -> str:
-    method = method or view.get("get_payment", order_id=item.about, needs=("method",))["method"]
-    view.notes.append(f"customer is {tier}")
-    if not within(view, f"{tier} limit", rules.limits[tier], amount):
+def _pay_back(item: Item, view: View, rules: Rules, tier: str, due: Mapping[str, Any], at: str = "amount") -> str:
+    """Pay what the field `at` of a record says."""
+    payment = due if "method" in due else view.get("get_payment", order_id=item.about, needs=("method",))
+    view.notes.append(quoted("tier", tier))
+    if not within(view, f"{tier} limit", rules.limits[tier], at, due):
         view.rule("approver")
         if not view.get("request_approval", order_id=item.about, role=rules.role)["approved"]:
             return "denied by approver"
-    view.rule("credit method", f"{quoted('method', method)}, {'credit' if method == rules.method else 'refund'}")
-    if method == rules.method:
+    amount = due[at]
+    if same(view, "credit method", rules.method, "method", payment):
         view.get("issue_credit", order_id=item.about, amount=amount)
         _confirm(view, "get_payment", item.about)
         return f"credited {amount}"
@@ -157,27 +163,25 @@ def _send_again(item: Item, view: View, rules: Rules) -> str:
 def _taken_back(item: Item, view: View, rules: Rules) -> dict[str, Any]:
     """The order, if its category and the days since its delivery allow to take it back; else raises `Stop`."""
     order = view.get("get_order", order_id=item.about, needs=("amount", "category"))
-    denied = order["category"] == rules.category
-    view.rule("no returns", f"{quoted('category', order['category'])}, {'denied' if denied else 'fine'}")
-    if denied:
+    if same(view, "no returns", rules.category, "category", order):
         raise Stop("denied by category")
     shipment = view.get("get_shipment", order_id=item.about, needs=("days_since_delivery",))
     late_report = item.kind in ("refund wrong", "return unwanted", "replace wrong")
     name, days = ("return window", rules.return_days) if late_report else ("damage window", rules.damage_days)
-    if not within(view, name, days, shipment["days_since_delivery"]):
+    if not within(view, name, days, "days_since_delivery", shipment):
         raise Stop("denied by window")
     return order
 
 
 def _refund(item: Item, view: View, rules: Rules, tier: str) -> str:
-    return _pay_back(item, view, rules, tier, _taken_back(item, view, rules)["amount"])
+    return _pay_back(item, view, rules, tier, _taken_back(item, view, rules))
 
 
 def _replace(item: Item, view: View, rules: Rules, tier: str) -> str:
     order = _taken_back(item, view, rules)
     if view.get("check_stock", sku=order["sku"])["stock"] == 0:
         view.notes.append("no stock: refund")
-        return _pay_back(item, view, rules, tier, order["amount"])
+        return _pay_back(item, view, rules, tier, order)
     return _send_again(item, view, rules)
 
 
@@ -185,15 +189,15 @@ def _duplicate(item: Item, view: View, rules: Rules, tier: str) -> str:
     payment = view.get("get_payment", order_id=item.about, needs=("charges", "method"))
     if payment["charges"] < 2:
         return "denied, one charge"
-    amount = view.get("get_order", order_id=item.about, needs=("amount",))["amount"]
-    return _pay_back(item, view, rules, tier, amount, payment["method"])
+    order = view.get("get_order", order_id=item.about, needs=("amount",))
+    return _pay_back(item, view, rules, tier, {**order, "method": payment["method"]})
 
 
 def _overcharge(item: Item, view: View, rules: Rules, tier: str) -> str:
     payment = view.get("get_payment", order_id=item.about, needs=("excess", "method"))
     if payment["excess"] == 0:
         return "denied, no excess"
-    return _pay_back(item, view, rules, tier, payment["excess"], payment["method"])
+    return _pay_back(item, view, rules, tier, payment, "excess")
 
 
 def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
@@ -203,8 +207,7 @@ def _lost(item: Item, view: View, rules: Rules, tier: str) -> str:
     view.rule("lost parcel")
     if rules.lost == "replacement":
         return _send_again(item, view, rules)
-    amount = view.get("get_order", order_id=item.about, needs=("amount",))["amount"]
-    return _pay_back(item, view, rules, tier, amount)
+    return _pay_back(item, view, rules, tier, view.get("get_order", order_id=item.about, needs=("amount",)))
 
 
 def _where(item: Item, view: View, rules: Rules) -> str:
@@ -234,8 +237,8 @@ def _address(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 
 def _late(item: Item, view: View, rules: Rules, tier: str) -> str:
-    days = view.get("get_shipment", order_id=item.about, needs=("days_in_transit",))["days_in_transit"]
-    if within(view, "late mark", rules.late_days, days):
+    shipment = view.get("get_shipment", order_id=item.about, needs=("days_in_transit",))
+    if within(view, "late mark", rules.late_days, "days_in_transit", shipment):
         return "denied, parcel not late"
     view.rule("goodwill")
     view.get("issue_credit", order_id=item.about, amount=rules.goodwill)
@@ -273,7 +276,6 @@ def _stock(item: Item, view: View, rules: Rules, tier: str) -> str:
 
 
 def _tier(item: Item, view: View, rules: Rules, tier: str) -> str:
-    view.notes.append(f"customer is {tier}")
     return quoted("tier", tier)
 
 
@@ -339,7 +341,7 @@ def decide(
     except Act as act:
         item = -1 if act.name in ("get_customer", "verify_identity") else len(results)
         return _call(act, view, items), item
-    return Message(role="assistant", reasoning="; ".join(view.notes), content="\n".join(results)), -1
+    return Message(role="assistant", reasoning="\n".join(view.notes), content="\n".join(results)), -1
 
 
 def _identify(view: View, items: Sequence[Item], customer: str, pin: str, rules: Rules) -> tuple[str, str]:
@@ -347,7 +349,7 @@ def _identify(view: View, items: Sequence[Item], customer: str, pin: str, rules:
     try:
         tier = view.get("get_customer", customer_id=customer, needs=("tier",))["tier"]
         first = needs_identity(items, rules)
-        view.notes.append(f"customer is {tier}")
+        view.notes.append(quoted("tier", tier))
         view.rule("identity", f"item {first}" if first else "no item")
         if first and not view.get("verify_identity", customer_id=customer, pin=pin)["verified"]:
             return "", "Identity not verified."
@@ -362,4 +364,4 @@ def _identify(view: View, items: Sequence[Item], customer: str, pin: str, rules:
 def _call(act: Act, view: View, items: Sequence[Item]) -> Message:
     made = sum(len(message.tool_calls) for message in view.messages)
     call = ToolCall(id=f"call_{made + 1}", name=act.name, arguments=json.dumps(act.arguments, ensure_ascii=False))
-    return Message(role="assistant", reasoning="; ".join(view.notes) if made else plan(items), tool_calls=[call])
+    return Message(role="assistant", reasoning="\n".join(view.notes) if made else plan(items), tool_calls=[call])
