@@ -57,12 +57,14 @@ def test_items_are_routed_by_words_that_they_share_with_the_index_and_said_again
         assert first == "Plan:" and len(lines) == 2 * len(items) >= 12
         titles = set()
         for item, line in zip(items, lines[: len(items)], strict=True):
-            said, route = line.split(" = ")
-            cited, title = route.rsplit(" ", 1)[0].split(": ")
-            assert item == said and title in [head.rsplit(": ", 1)[1] for head in index]
-            assert any(head.endswith(f"{cited}: {title}") for head in index)
-            assert cited.split()[0].strip(",").lower() in item.lower()
-            titles.add(f"{item.split()[0]} now: {route.split(': ')[1]}")
+            cited, route = line.rsplit(": ", 1)
+            title, about = route.rsplit(" ", 1)
+            (gloss,) = [head.rsplit(": ", 1)[0] for head in index if head.endswith(f": {title}")]
+            tails = [" ".join(gloss.split()[at:]) for at in range(len(gloss.split()))]
+            cue = next(tail for tail in tails if cited.endswith(f" {tail}"))
+            assert item.startswith(cited.removesuffix(cue)) and about in asked
+            assert cue.split()[0].strip(",").lower() in item.lower()
+            titles.add(f"{item.split()[0]} now: {route}")
         assert set(lines[len(items) :]) == titles
 
 

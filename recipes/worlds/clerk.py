@@ -325,11 +325,11 @@ def request(place: int, item: Mapping[str, Any]) -> str:
 
 
 def plan(world: World, task: Task) -> list[str]:
-    """Each item in the requester's words, what the index says of it, and the procedure that it needs."""
+    """Each item in the requester's words until the index has one of them, what it says there, and the procedure."""
     lines = ["Plan:"]
     for place, item in enumerate(task.goal["items"]):
-        cited, procedure = world.cited(item["kind"], item["said"]), world.title(item["kind"])
-        lines.append(f"{request(place, item)} = {cited}: {procedure} {item['about']}")
+        kind, about = item["kind"], item["about"]
+        lines.append(f"{mark(place)} {world.cited(kind, item['said'])}: {world.title(kind)} {about}")
     return lines
 
 

@@ -213,7 +213,7 @@ class World:
 
     @cached_property
     def index(self) -> str:
-        """What each procedure is for, then its letter and name: who quotes the one goes on with the other."""
+        """What each procedure is for (its gloss), then its letter and name: who quotes one goes on with the other."""
         opening = ["- at first, once: A"] if self.family.opening else []
         lines = [f"- {kind.gloss}: {self.title(name)}" for name, kind in self.kinds.items()]
         return "\n".join(opening + lines)
@@ -222,11 +222,12 @@ class World:
         return f"{self.procedures[kind].letter} {self.shown[kind]}"
 
     def cited(self, kind: str, said: str) -> str:
-        """The gloss of a kind, from the first word of a request on that no other kind's gloss has."""
+        """A request up to the first word that no other kind's gloss has, and the gloss from there on: who reads the
+        request again looks each word up in the index, and goes on there with the first that it finds."""
         gloss = self.kinds[kind].gloss
         foreign = {word for name, other in self.kinds.items() if name != kind for word in _words(other.gloss)}
-        own = [word for word in _words(said) if word in _words(gloss) and word not in foreign]
-        return gloss[next(re.finditer(rf"\b{own[0]}\b", gloss.lower())).start() :] if own else gloss
+        own = next(word for word in _words(said) if word in _words(gloss) and word not in foreign)
+        return said[: _place_of(own, said)] + gloss[_place_of(own, gloss) :]
 
     @cached_property
     def manual(self) -> str:
@@ -241,6 +242,10 @@ class World:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]{4,}", text.lower())
+
+
+def _place_of(word: str, text: str) -> int:
+    return next(re.finditer(rf"\b{word}\b", text.lower())).start()
 
 
 def rules_of(step: Step) -> Iterator[str]:
