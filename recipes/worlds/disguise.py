@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from worlds.language import made_up
+from worlds.language import blended, made_up
 from worlds.spec import Family
 
-DISGUISED = 0.5
+DISGUISED = 0.7
 """Share of the worlds to train on that are in other words."""
 KEPT = {"none", "else", "address", "same", "other", "over", "after", "within", "stop", "done"}
 """Words that mean something to all families or to the notes; nothing is called by them."""
@@ -21,7 +21,7 @@ KEPT = {"none", "else", "address", "same", "other", "over", "after", "within", "
 
 def disguised(family: Family, rng: random.Random, lexicon: Sequence[str] = ()) -> Family:
     """The family with other words for its own of four letters or more, the same one throughout: words of the lexicon,
-    and made-up ones."""
+    blends of two of them, and made-up ones."""
     said: dict[str, str] = {}
     taken = set(KEPT)
 
@@ -29,7 +29,8 @@ def disguised(family: Family, rng: random.Random, lexicon: Sequence[str] = ()) -
         if word not in said:
             new = word
             while new == word or new in taken:
-                new = rng.choice(lexicon) if lexicon and rng.random() < 0.7 else made_up(rng)
+                dice = rng.random() if lexicon else 1.0
+                new = rng.choice(lexicon) if dice < 0.5 else blended(rng, lexicon) if dice < 0.75 else made_up(rng)
             taken.add(new)
             said[word] = new
         return said[word]

@@ -22,7 +22,7 @@ from worlds.clerk import Clerk, mark, plan, request, title
 from worlds.disguise import DISGUISED, disguised
 from worlds.drawing import KINDS, draw
 from worlds.english import NONE, English
-from worlds.language import compared, date_of, made_up
+from worlds.language import blended, compared, date_of, made_up
 from worlds.spec import Do, Jump, Ref, Stop
 from worlds.store import Store
 from worlds.tasks import Rules, make_task, walk, write_rules
@@ -240,13 +240,14 @@ def _number(said: int | str) -> int:
 
 
 def repeat(rng: random.Random, english: English) -> Drill:
-    """Sentences and words, if there are any, made-up words and codes, to be said again. The codes share digits, so a
-    short match misleads."""
+    """Sentences, words and blends of two, if there are any, made-up words and codes, to be said again. The codes
+    share digits, so a short match misleads."""
     digits = rng.sample("0123456789", 3)
     words: list[str] = []
     while len(words) < WORDS:
         words += rng.choice(english.texts).split() if english.texts else ()
-        words += rng.choices(english.words, k=5) if english.words else ()
+        if english.words:
+            words += [*rng.choices(english.words, k=5), *(blended(rng, english.words) for _ in range(3))]
         words += [made_up(rng) for _ in range(2)]
         words += ["".join((rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ"), *rng.choices(digits, k=4))) for _ in range(3)]
     text = " ".join(words[:WORDS])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import date, timedelta
 
 FIRST_DAY = date(2026, 1, 1)
@@ -34,6 +34,12 @@ def made_up(rng: random.Random, taken: Collection[str] = ()) -> str:
         syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(2))
         if (word := "".join(syllables)) not in taken:
             return word
+
+
+def blended(rng: random.Random, words: Sequence[str]) -> str:
+    """The first half of one word and the second of another: pieces in company that no text has them in."""
+    first, last = rng.choice(words), rng.choice(words)
+    return first[: len(first) // 2 + 1] + last[len(last) // 2 :]
 
 
 def vary(phrase: str, rng: random.Random) -> str:
