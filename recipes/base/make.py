@@ -41,8 +41,8 @@ PER_CHUNK = 500
 TOKENIZER_TRAJECTORIES = 3000
 WATCHED = {"copy": 16, "compare": 16, "tenants": 16, "families": 16}
 """Probes that are run during training, on so many tasks."""
-WATCH_EVERY, WATCH_SEED = 3000, 9
-"""In steps; the seed is none of those that are reported."""
+WATCH_EVERY, WATCH_SEED = 3, 9
+"""In parts of the recipe's tokens, as stages have them; the seed is none of those that are reported."""
 
 
 @dataclass(frozen=True)
@@ -222,15 +222,16 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
     stage, folder = STAGES[number], work / f"{STAGES[number].name}.base"
     if not folder.exists():
         kept = make_rows(work, recipe, number, processes, english)
+        tokens, batch_tokens = tokens_of(stage, recipe.tokens), stage.batch_tokens * recipe.batch
         config = TrainConfig(
-            tokens=tokens_of(stage, recipe.tokens),
-            batch_tokens=stage.batch_tokens * recipe.batch,
+            tokens=tokens,
+            batch_tokens=batch_tokens,
             accumulate=1,
             lr=recipe.lr * stage.lr,
             embedding_lr=recipe.embedding_lr,
             final=stage.final,
             seed=recipe.seed,
-            probe_every_steps=WATCH_EVERY,
+            probe_every_steps=max(1, WATCH_EVERY * tokens // stage.parts // batch_tokens),
             threads=2,
         )
         result = train(base, None, kept, config, work / stage.name, probe=watch(base.tokenizer))
