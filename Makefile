@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 
 # Training tokens of the demo's compile, and how many tasks its table is measured on.
 DEMO ?= build/demo
-DEMO_TOKENS ?= 1000000
-DEMO_RUNS ?= 600
-DEMO_TASKS ?= 40
+DEMO_TOKENS ?= 1200000
+DEMO_RUNS ?= 1500
+DEMO_TASKS ?= 25
 
 .PHONY: demo test check unit format clean
 
@@ -15,7 +15,8 @@ demo: $(VENV)/ready
 	$(BIN)/engrain record examples/support_desk -o $(DEMO)/runs.jsonl -n $(DEMO_RUNS)
 	$(BIN)/engrain compile examples/support_desk -o $(DEMO)/agent --data $(DEMO)/runs.jsonl --tokens $(DEMO_TOKENS)
 	$(BIN)/engrain run $(DEMO)/agent --sample 3
-	$(BIN)/engrain eval $(DEMO)/agent --arms base,lora --split held_out,faults -n $(DEMO_TASKS) -o $(DEMO)/report
+	$(BIN)/engrain eval $(DEMO)/agent --arms base,lora --split held_out,faults -n $(DEMO_TASKS) --latency 3 \
+		-o $(DEMO)/report
 
 test: check unit
 

@@ -74,8 +74,8 @@ class CompileConfig:
     """Learning rate; by default 2e-3 for LoRA and 5e-4 for full fine-tuning."""
     longest: int = 8192
     """Longer rows are left out and counted."""
-    batch_tokens: int = 4096
-    """Tokens an optimizer step, in one packed pass."""
+    batch_tokens: int | None = None
+    """Tokens an optimizer step, in one packed pass; by default 4,096, or fewer to make 500 steps."""
     keep_tools: bool = False
     """When compiling from logs: leave the tool schemas in the prompt."""
     seed: int = 0
@@ -85,12 +85,16 @@ class CompileConfig:
             later = "; the hypernetwork comes in a later version" if self.to == "hypernetwork" else ""
             raise InputError(f"cannot compile to {self.to!r}: expected lora or full{later}")
         for name in ("tokens", "rank", "longest", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"expected {name} of at least 1, got {value}")
 
     @property
     def learning_rate(self) -> float:
         return self.lr if self.lr is not None else {"lora": 2e-3, "full": 5e-4}[self.to]
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_tokens or min(4096, max(512, self.tokens // 500))
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ def _train(
             source = ConstantAdapter(sites(base.model), config.rank)
     settings = TrainConfig(
         tokens=config.tokens,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=config.step_tokens,
         accumulate=1,
         lr=config.learning_rate,
         seed=config.seed,
@@ -288,7 +292,7 @@ def _manifest(out: Path, made: Compiled, seconds: float, with_base: bool, files:
         tools={tool_digest(schema): schema["function"]["name"] for schema in made.dataset.schemas},
         data=made.dataset.summary,
         licences={"base": licence(made.base_path), "data": made.dataset.licence},
-        config={**asdict(made.config), "lr": made.config.learning_rate},
+        config={**asdict(made.config), "lr": made.config.learning_rate, "batch_tokens": made.config.step_tokens},
         training=asdict(made.result),
         seconds=round(seconds, 1),
         files=files,
