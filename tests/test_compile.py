@@ -242,3 +242,8 @@ def test_a_full_disk_leaves_nothing_half_written(
             compile_workflow(library, tmp_path / "agent", SMALL, data=runs, base=tiny_base)
     assert [path.name for path in tmp_path.iterdir()] == ["agent.work"]
     assert compile_workflow(library, tmp_path / "agent", SMALL, data=runs, base=tiny_base).manifest.data.rows == 40
+
+
+@pytest.mark.parametrize(("tokens", "given", "step"), [(10**7, None, 4096), (10**6, None, 2000), (900, 64, 64)])
+def test_a_small_budget_takes_smaller_steps(tokens, given, step):
+    assert CompileConfig(tokens=tokens, batch_tokens=given).step_tokens == step
