@@ -22,7 +22,7 @@ from worlds import catalogue  # noqa: E402
 from worlds.clerk import decide, expected  # noqa: E402
 from worlds.disguise import KEPT, disguised  # noqa: E402
 from worlds.drawing import draw  # noqa: E402
-from worlds.language import compared, key  # noqa: E402
+from worlds.language import blended, compared, key  # noqa: E402
 from worlds.spec import Jump, Stop  # noqa: E402
 from worlds.tasks import walk  # noqa: E402
 from worlds.trajectories import Depths, trajectories  # noqa: E402
@@ -171,6 +171,15 @@ def test_faults_of_every_recovery_occur():
 )
 def test_numbers_are_compared_digit_by_digit(limit, value, seen):
     assert compared(limit, value) == f"{limit}, {value}: {seen}"
+
+
+def test_a_blend_has_the_first_half_of_one_word_and_the_second_of_another():
+    assert {blended(random.Random(seed), ("temper", "yellow")) for seed in range(20)} == {
+        "tempper",
+        "templow",
+        "yellper",
+        "yelllow",
+    }
 
 
 @pytest.mark.parametrize("name", catalogue.NAMES)

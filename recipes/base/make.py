@@ -249,7 +249,7 @@ def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool, 
         one = json.loads((work / stage.name / "result.json").read_text())
         counts = " | ".join(f"{one[name]:,}" for name in ("rows", "generated", "trained", "tokens", "steps"))
         stages += f"| {stage.name} | {counts} | {one['loss']:.4f} | {one['seconds'] / 60:.0f} |\n"
-    began = f"- Started from an earlier base, {base_digest(start)[:12]}; below is what came after.\n" if start else ""
+    earlier = f"an earlier base, {base_digest(start)[:12]}; below is what came after" if start else "random weights"
     words = (
         "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances: for the tokenizer, repeated in drills, as other words"
         if english
@@ -262,12 +262,13 @@ pipeline_tag: text-generation
 ---
 # The bundled base
 
-A Llama decoder of {parameters:,} parameters, trained from random weights by `recipes/base/make.py` on drills and on
+A Llama decoder of {parameters:,} parameters, trained by `recipes/base/make.py` on drills and on
 trajectories of procedural worlds of workflows (`recipes/worlds`). It reads procedures, rules and tool schemas and
 carries them out; it is a starting point to compile on and to test with, not a general model. Its first three layers
 start as induction heads (`recipes/base/induction.py`), so that it can copy lines and identifiers from the first step.
 
-{began}- Never seen: the families of workflows named in `recipes/worlds/held_out.txt`, and the support desk.
+- Started from {earlier}.
+- Never seen: the families of workflows named in `recipes/worlds/held_out.txt`, and the support desk.
 - Other text: {words}.
 - {torch.get_num_threads()} CPU threads; minutes leave out interruptions.
 - Again, at commit {commit()}: `python recipes/base/make.py --size {size} --tokens {recipe.tokens} --seed \

@@ -75,7 +75,8 @@ class CompileConfig:
     longest: int = 8192
     """Longer rows are left out and counted."""
     batch_tokens: int | None = None
-    """Tokens an optimizer step, in one packed pass; by default 4,096, or fewer to make 500 steps."""
+    """Tokens an optimizer step, in one packed pass; by default 4,096, or fewer (512 at
+    least) for about 500 steps."""
     keep_tools: bool = False
     """When compiling from logs: leave the tool schemas in the prompt."""
     seed: int = 0

@@ -155,7 +155,7 @@ class Learner:
         return mean, norm
 
     def _leave_absent_tokens(self, rows: Sequence[Row]) -> None:
-        """Only tokens of the batch move a tied embedding.
+        """Only tokens of the batch have a gradient in a tied embedding.
 
         As outputs, all others are pushed away a little from every state, and Adam makes much of any steady little: rare
         tokens end up as one and the same (Gao et al., 2019, arXiv:1907.12009), and none of them can be copied.
