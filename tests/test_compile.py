@@ -72,6 +72,20 @@ def test_without_data_the_teacher_records(library: Path, tiny_base: Path, tmp_pa
     assert 0.8 < made.data.tokens / 30_000 < 1.3
 
 
+def test_an_agent_names_the_place_of_a_base_unless_it_is_the_bundled_one(
+    agent: Path, library: Path, runs: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(path: Path) -> list[str | None]:
+        config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+        return [load_agent(path).manifest.base.path, config["base_model_name_or_path"]]
+
+    assert named(agent) == [str(tiny_base.resolve())] * 2
+    monkeypatch.setattr("engrain.compile.BUNDLED", tiny_base)
+    monkeypatch.setattr("engrain.agent.BUNDLED", tiny_base)
+    compile_workflow(library, tmp_path / "agent", SMALL, data=runs, base=tiny_base)
+    assert named(tmp_path / "agent") == ["", None]
+
+
 def test_an_interrupted_compile_goes_on_to_the_same_weights(
     agent: Path, library: Path, runs: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

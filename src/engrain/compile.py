@@ -123,6 +123,11 @@ class Compiled:
     dataset: Dataset
     result: TrainResult
 
+    @property
+    def base_place(self) -> str:
+        """Where the base lies on this machine; empty for the bundled one, which comes with the package."""
+        return "" if self.base_path == BUNDLED else str(self.base_path.resolve())
+
 
 def compile_workflow(
     source: Path,
@@ -260,7 +265,7 @@ def _save(out: Path, made: Compiled, seconds: float, with_base: bool) -> None:
 
     with replacing_directory(out) as aside:
         if made.adapter is not None:
-            save_peft(made.adapter(()).detach(), aside / "adapter", str(made.base_path))
+            save_peft(made.adapter(()).detach(), aside / "adapter", made.base_place)
         else:
             save_base(made.base, aside / "model")
         if with_base:
@@ -274,7 +279,7 @@ def _save(out: Path, made: Compiled, seconds: float, with_base: bool) -> None:
 
 
 def _manifest(out: Path, made: Compiled, seconds: float, with_base: bool, files: dict[str, str]) -> Manifest:
-    workflow, bundled = made.source.workflow, made.base_path == BUNDLED
+    workflow = made.source.workflow
     return Manifest(
         engrain=engrain.__version__,
         kind=made.config.to,
@@ -285,8 +290,8 @@ def _manifest(out: Path, made: Compiled, seconds: float, with_base: bool, files:
         base=BaseReference(
             name=made.base_path.name,
             digest=made.base.digest,
-            path="" if bundled else str(made.base_path.resolve()),
-            bundled=bundled,
+            path=made.base_place,
+            bundled=not made.base_place,
             included=with_base,
         ),
         template=text_digest(str(made.base.tokenizer.chat_template)),
