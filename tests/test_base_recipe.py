@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engrain.agent import bundled_base
@@ -142,6 +145,19 @@ def test_the_recipe_goes_on_from_an_earlier_base_and_says_so(tmp_path, monkeypat
     assert base_digest(tmp_path / "base") == base_digest(bundled_base())
     card = (tmp_path / "base" / "README.md").read_text()
     assert f"earlier base, {base_digest(bundled_base())[:12]}" in card and f"--start {bundled_base()}" in card
+    assert "Capability probes" not in card
+
+
+def test_the_card_takes_the_probes_of_this_base_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "STAGES", ())
+    again = partial(make.main, tmp_path / "base", work=tmp_path / "work", start=bundled_base(), probes=tmp_path)
+    (tmp_path / "report.md").write_text("# Capability probes\n\n| probe |\n")
+    (tmp_path / "report.json").write_text(json.dumps({"digest": base_digest(bundled_base())}))
+    again()
+    assert (tmp_path / "base" / "README.md").read_text().endswith("\n## Capability probes\n\n| probe |\n")
+    (tmp_path / "report.json").write_text(json.dumps({"digest": "0" * 64}))
+    with pytest.raises(typer.BadParameter, match="of base 000000000000, this one is"):
+        again()
 
 
 def test_both_sizes_are_as_large_as_they_say():

@@ -2,7 +2,8 @@
 
 Data -> tokenizer -> for each stage, rows and a run through `engrain.train` -> bf16 safetensors and a card. Every part
 leaves its result in the work directory and is skipped when it is there, and training resumes from its checkpoint, so
-the same command continues after an interruption. One main dial: `--size`.
+the same command continues after an interruption; with `--probes` added at the end, it puts their table into the card.
+One main dial: `--size`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from worlds.english import english_of
 from worlds.probes import suite
 
+from engrain.evaluate import REPORT, TABLE
 from engrain.files import replacing, replacing_directory
 from engrain.learner import Probe
 from engrain.model import Base, base_digest, load_base, save_base
@@ -242,6 +244,14 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
     return load_base(folder)
 
 
+def probed(report: Path, base: Path) -> str:
+    """The table that `engrain base probe` wrote of this base."""
+    if (of := json.loads((report / REPORT).read_text())["digest"]) != base_digest(base):
+        raise typer.BadParameter(f"{report} is of base {of[:12]}, this one is {base_digest(base)[:12]}; probe it anew")
+    _, table = (report / TABLE).read_text().split("\n", 1)
+    return f"## Capability probes\n{table}"
+
+
 def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool, start: Path | None = None) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     stages = ""
@@ -303,6 +313,7 @@ def main(
     tokens: Annotated[int | None, typer.Option(help="other than the size's, to try things out")] = None,
     layers: Annotated[int | None, typer.Option(help="other than the size's")] = None,
     start: Annotated[Path | None, typer.Option(help="a base of this size to go on from, with its tokenizer")] = None,
+    probes: Annotated[Path | None, typer.Option(help="where `engrain base probe` measured it, for the card")] = None,
 ) -> None:
     if size not in SIZES:
         raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}")
@@ -322,6 +333,7 @@ def main(
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
         file.write(card(size, recipe, work, parameters, english is not None, start))
+        file.write(f"\n{probed(probes, out)}" if probes else "")
     typer.echo(f"{out}: {parameters:,} parameters")
 
 
