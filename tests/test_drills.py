@@ -86,6 +86,8 @@ def test_decisions_quote_the_manual_and_the_records(drilled):
                 argument = not ended and f"{name}: {value}" not in asked
                 said = (f": {value}" in asked, value in system, value.strip('"') in why.partition(" = ")[0])
                 assert any(said) if argument else f"{name}: {value}" in asked
+            for field in re.findall(r' from ("\w+")', step):
+                assert re.search(f'{field}: ("[^"]*"|\\d+)', why)  # where it was read, before what it is passed as
             if " as asked" in step:
                 quote, _, values = why[why.index("(") :].partition(" = ")
                 assert quote in asked.splitlines()
@@ -94,14 +96,17 @@ def test_decisions_quote_the_manual_and_the_records(drilled):
 
 def test_rules_are_those_of_the_profile(drilled):
     for system, asked, answer in drilled["rules"]:
-        names = asked.splitlines()[0].removeprefix("Rules: ").split("; ")
-        case = json.loads(asked.splitlines()[1])
-        assert len(answer.splitlines()) == len(names)
-        for name, line in zip(names, answer.splitlines(), strict=True):
+        first, *given = asked.splitlines()
+        names = [name.split(" ", 1) for name in first.removeprefix("Rules: ").split("; ")]
+        records = {place: json.loads(record) for place, record in (line.split(" ", 1) for line in given)}
+        lines = answer.splitlines()
+        assert [line for line in lines if line in records] == list(records)
+        for (place, name), line in zip(names, [line for line in lines if line not in records], strict=True):
             assert name.split(" for its ")[0] in line
             value = line.split(", ")[-1].split(": ")[-1]
             assert value == '"none"' or value in system
-            assert all(f'"{word}"' in json.dumps(case) for word in re.findall(r'(?<!for )"\w+": "([^"]*)"', line))
+            for field, word in re.findall(r'(?<!for )"(\w+)": "([^"]*)"', line):
+                assert records[place][field] == word
 
 
 def test_comparisons_are_right(drilled):

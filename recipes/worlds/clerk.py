@@ -30,6 +30,7 @@ from worlds.spec import (
     Is,
     Jump,
     Limit,
+    Of,
     Over,
     Read,
     Ref,
@@ -168,14 +169,19 @@ class Clerk:
 
     def given(self, step: Do, asked: Mapping[str, Any], procedure: Procedure, place: int) -> tuple[dict[str, Any], str]:
         """The arguments of an action, and the note that says where they come from."""
-        shown, sources = self.world.shown, step.arguments
-        given = {shown[f"{step.action}.{name}"]: self.value(source, asked) for name, source in sources.items()}
-        rules = [self.rule(source.rule) for source in sources.values() if isinstance(source, By)]
-        values = ", ".join(quoted(name, value) for name, value in given.items())
-        if any(isinstance(source, Asked) for source in sources.values()):
+        shown, given, grounds = self.world.shown, dict[str, Any](), list[str]()
+        for name, source in step.arguments.items():
+            said = shown[f"{step.action}.{name}"]
+            given[said] = self.value(source, asked)
+            if isinstance(source, By):
+                grounds.append(self.rule(source.rule))
+            elif isinstance(source, Of) and shown[source.path] != said:
+                grounds.append(quoted(shown[source.path], given[said]))
+        values = ", ".join(quoted(said, value) for said, value in given.items())
+        if any(isinstance(source, Asked) for source in step.arguments.values()):
             values = f"{self.said} = {values}"
-        why = ", ".join([*rules, values] if values else rules)
-        return given, f"{procedure.mark(place)} {self.world.text(step, procedure)}{': ' if why else ''}{why}"
+        why = f": {', '.join([*grounds, values])}" if given else ""
+        return given, f"{procedure.mark(place)} {self.world.text(step, procedure)}{why}"
 
     def read(self, record: str, name: str, needs: Sequence[str]) -> None:
         shown = self.world.shown

@@ -208,15 +208,23 @@ def steps(desk: Desk) -> Drill:
 
 
 def rules(desk: Desk) -> Drill:
-    """Rules asked for by name, as the notes write them."""
-    world = desk.world
-    decisive = (path for rule in world.used_rules for path in world.decided_by(rule))
-    known = {path: desk.rng.choice(world.options(path)) for path in decisive}
-    clerk = Clerk(world, desk.task(1), lambda *_: {}, known=known)
-    names = desk.rng.sample(world.used_rules, min(len(world.used_rules), 14))
-    asked = "; ".join(map(world.rule_text, names))
-    record = json.dumps({world.shown[path]: word for path, word in known.items()})
-    return f"You practise.\n\n{desk.profile}", f"Rules: {asked}\n{record}", "\n".join(map(clerk.rule, names))
+    """Rules asked for by name, as the notes write them; those that depend on a word, for one record after the other."""
+    world, asked, records, lines = desk.world, list[str](), list[str](), list[str]()
+    depending = {rule: paths for rule in world.used_rules if (paths := list(world.decided_by(rule)))}
+    paths = dict.fromkeys(path for of in depending.values() for path in of)
+    for place in range(desk.rng.randint(3, 5) if depending else 1):
+        known = {path: desk.rng.choice(world.options(path)) for path in paths}
+        clerk = Clerk(world, desk.task(1), lambda *_: {}, known=known)
+        names = list(depending) if place else world.used_rules
+        names = desk.rng.sample(names, min(len(names), 10))
+        asked += [f"{mark(place)} {world.rule_text(name)}" for name in names]
+        records.append(f"{mark(place)} {json.dumps({world.shown[path]: word for path, word in known.items()})}")
+        lines += [mark(place), *map(clerk.rule, names)]
+    return (
+        f"You practise.\n\n{desk.profile}",
+        "\n".join([f"Rules: {'; '.join(asked)}", *records]),
+        "\n".join(lines),
+    )
 
 
 def compare(rng: random.Random) -> Drill:
