@@ -90,8 +90,8 @@ def test_decisions_quote_the_manual_and_the_records(drilled):
                 assert re.search(f'{field}: ("[^"]*"|\\d+)', why)  # where it was read, before what it is passed as
             if " as asked" in step:
                 quote, _, values = why[why.index("(") :].partition(" = ")
-                assert quote in asked.splitlines()
-                assert any(value.strip('"') in quote for value in re.findall(r': ("[^"]*"|\d+)', values))
+                assert any(line.startswith(quote) for line in asked.splitlines())
+                assert any(quote.endswith(" " + value.strip('"')) for value in re.findall(r': ("[^"]*"|\d+)', values))
 
 
 def test_rules_are_those_of_the_profile(drilled):

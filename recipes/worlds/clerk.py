@@ -9,6 +9,7 @@ step before it is decided, with the rule and the record's words that decide it b
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,8 +179,8 @@ class Clerk:
             elif isinstance(source, Of) and shown[source.path] != said:
                 grounds.append(quoted(shown[source.path], given[said]))
         values = ", ".join(quoted(said, value) for said, value in given.items())
-        if any(isinstance(source, Asked) for source in step.arguments.values()):
-            values = f"{self.said} = {values}"
+        if words := [asked[source.slot] for source in step.arguments.values() if isinstance(source, Asked)]:
+            values = f"{up_to(self.said, words)} = {values}"
         why = f": {', '.join([*grounds, values])}" if given else ""
         return given, f"{procedure.mark(place)} {self.world.text(step, procedure)}{why}"
 
@@ -328,6 +329,12 @@ def title(world: World, place: int, item: Mapping[str, Any]) -> str:
 def request(place: int, item: Mapping[str, Any]) -> str:
     """An item in the requester's words."""
     return f"{mark(place)} {item['said']}"
+
+
+def up_to(said: str, values: Sequence[Any]) -> str:
+    """A request up to the last of the values that it names: a value is where the quotation ends."""
+    found = (re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", said) for value in values)
+    return said[: max(match.end() for match in found if match)]
 
 
 def plan(world: World, task: Task) -> list[str]:

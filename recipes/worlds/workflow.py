@@ -20,8 +20,8 @@ PROCEDURE = """\
 Each request has items, marked (a), (b) and so on; do them in order, one call at a time. First write a plan: a line \
 an item, the words asked up to one that the index has, what the index goes on with, and the identifier. Then follow \
 that procedure, step by step: begin each note with the item, quote a step before you decide it, with the tenant's rule \
-and the words of the record beside each other, and compare numbers digit by digit. Answer with a line an item: its \
-mark and its result.
+and the words of the record beside each other, or what is asked up to its value, and compare numbers digit by digit. \
+Answer with a line an item: its mark and its result.
 
 """
 PHASES = {
