@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+from worlds.clerk import up_to
 from worlds.drills import drills
 from worlds.english import English
 
@@ -92,6 +93,19 @@ def test_decisions_quote_the_manual_and_the_records(drilled):
                 quote, _, values = why[why.index("(") :].partition(" = ")
                 assert any(line.startswith(quote) for line in asked.splitlines())
                 assert any(quote.endswith(" " + value.strip('"')) for value in re.findall(r': ("[^"]*"|\d+)', values))
+
+
+@pytest.mark.parametrize(
+    ("said", "values", "quote"),
+    [
+        ("(a) move M14 to friday, please", ["friday"], "(a) move M14 to friday"),
+        ("(b) book 4 seats in M4 for noon today", ["noon", 4], "(b) book 4 seats in M4 for noon"),
+        ("(c) a fine at once, not fines", ["fine"], "(c) a fine"),
+        ("(d) not fines but a fine", ["fine"], "(d) not fines but a fine"),
+    ],
+)
+def test_a_request_is_quoted_up_to_the_last_value_that_it_asks_for(said, values, quote):
+    assert up_to(said, values) == quote
 
 
 def test_rules_are_those_of_the_profile(drilled):

@@ -63,6 +63,8 @@ class Recipe:
     batch: int = 1
     """Multiplies the stages' batches."""
     initializer_range: float = 0.04
+    compiled: bool = False
+    """Through `torch.compile`, where there is a C++ compiler."""
     min_trained: float = 0.1
     """Rows with a smaller share of trained tokens are left out: long prompts before few turns teach little."""
 
@@ -235,6 +237,7 @@ def train_stage(base: Base, work: Path, recipe: Recipe, number: int, processes: 
             seed=recipe.seed,
             probe_every_steps=max(1, WATCH_EVERY * tokens // stage.parts // batch_tokens),
             threads=2,
+            compiled=recipe.compiled,
         )
         result = train(base, None, kept, config, work / stage.name, probe=watch(base.tokenizer))
         counts = {"rows": len(kept), "generated": len(kept.ids), "trained": int(kept.mask.sum())}
@@ -312,6 +315,7 @@ def main(
     processes: int = os.cpu_count() or 1,
     tokens: Annotated[int | None, typer.Option(help="other than the size's, to try things out")] = None,
     layers: Annotated[int | None, typer.Option(help="other than the size's")] = None,
+    compiled: Annotated[bool, typer.Option(help="compile the model for speed; needs a C++ compiler")] = False,
     start: Annotated[Path | None, typer.Option(help="a base of this size to go on from, with its tokenizer")] = None,
     probes: Annotated[Path | None, typer.Option(help="where `engrain base probe` measured it, for the card")] = None,
 ) -> None:
@@ -319,6 +323,7 @@ def main(
         raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}")
     chosen = SIZES[size]
     recipe = replace(chosen, seed=seed, tokens=tokens or chosen.tokens, layers=layers or chosen.layers)
+    recipe = replace(recipe, compiled=compiled)
     work.mkdir(parents=True, exist_ok=True)
     if start is not None:
         base = load_base(start)

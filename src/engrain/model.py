@@ -132,6 +132,7 @@ def packed_hidden(model: PreTrainedModel, batch: Packed) -> Float[Tensor, "token
     return output.last_hidden_state[0]
 
 
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "1 heads tokens d_head"],

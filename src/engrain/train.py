@@ -131,7 +131,7 @@ def _digest(
     base: Base, source: nn.Module | None, rows: Sequence[Row], config: TrainConfig, trained: Mapping[str, Tensor]
 ) -> str:
     """Of all that decides the weights: base, source, rows and settings."""
-    free = ("checkpoint_every_s", "checkpoint_every_steps", "probe_every_s", "probe_every_steps", "threads")
+    free = ("checkpoint_every_s", "checkpoint_every_steps", "probe_every_s", "probe_every_steps", "threads", "compiled")
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     known = {} if source is None else vars(source)
