@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated
 
+import amx_attention
 import numpy as np
 import torch
 import typer
@@ -316,6 +317,7 @@ def main(
     tokens: Annotated[int | None, typer.Option(help="other than the size's, to try things out")] = None,
     layers: Annotated[int | None, typer.Option(help="other than the size's")] = None,
     compiled: Annotated[bool, typer.Option(help="compile the model for speed; needs a C++ compiler")] = False,
+    amx: Annotated[bool, typer.Option(help="attention of our own for CPUs with AMX; needs a C++ compiler")] = False,
     start: Annotated[Path | None, typer.Option(help="a base of this size to go on from, with its tokenizer")] = None,
     probes: Annotated[Path | None, typer.Option(help="where `engrain base probe` measured it, for the card")] = None,
 ) -> None:
@@ -325,6 +327,8 @@ def main(
     recipe = replace(chosen, seed=seed, tokens=tokens or chosen.tokens, layers=layers or chosen.layers)
     recipe = replace(recipe, compiled=compiled)
     work.mkdir(parents=True, exist_ok=True)
+    if amx and not amx_attention.use():
+        raise typer.BadParameter("--amx needs a CPU with AMX")
     if start is not None:
         base = load_base(start)
         base.tokenizer.save_pretrained(work / "tokenizer")

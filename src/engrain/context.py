@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from engrain.errors import WorkflowError
+from engrain.errors import InputError, WorkflowError
 
 Kind = Literal["tenant", "tool", "phase", "task", "examples"]
 
@@ -31,21 +32,68 @@ class Section:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def canonical(self) -> str:
-        rules = sorted({" ".join(rule.split()) for rule in self.rules})
+        rules = sorted(set(map(_plain, self.rules)))
         return json.dumps([self.kind, self.name, rules], ensure_ascii=False)
 
     def markdown(self) -> str:
         return "\n".join(f"- {rule}" for rule in self.rules)
+
+    def without(self, rule: str) -> Section:
+        """Raises `InputError` if the section does not have the rule."""
+        wanted = _plain(rule)
+        if wanted not in map(_plain, self.rules):
+            raise InputError(f"{self.kind} {self.name!r} has no rule {wanted!r:.80}; it has {len(self.rules)} others")
+        return replace(self, rules=tuple(one for one in self.rules if _plain(one) != wanted))
+
+    def with_rule(self, rule: str) -> Section:
+        return replace(self, rules=(*self.rules, rule))
+
+
+@dataclass(frozen=True, order=True)
+class Rule:
+    """One rule as a hypernetwork reads it, apart from all others. Equal rules of two tenants are one and the same."""
+
+    kind: Kind
+    text: str
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([self.kind, self.text], ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Context:
     sections: tuple[Section, ...] = ()
 
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """Every rule once, in canonical order."""
+        return tuple(sorted({Rule(one.kind, _plain(rule)) for one in self.sections for rule in one.rules}))
+
     def digest(self) -> str:
         """SHA-256, hexadecimal, of the canonical form."""
         canonical = json.dumps(sorted(section.canonical() for section in self.sections))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def without(self, rule: Rule) -> Context:
+        """The context in which no section of the rule's kind has it. Raises `InputError` if none has."""
+        if rule not in self.rules:
+            raise InputError(f"the context has no {rule.kind} rule {rule.text!r:.80}; it has {len(self.rules)} others")
+        return Context(tuple(_without(section, rule) for section in self.sections))
+
+    def replacing(self, rule: Rule, text: str) -> Context:
+        """The context with another text in the place of a rule. Raises `InputError` if it does not have the rule."""
+        at = [rule in Context((section,)).rules for section in self.sections]
+        left = self.without(rule).sections
+        return Context(tuple(one.with_rule(text) if had else one for one, had in zip(left, at, strict=True)))
+
+
+def _without(section: Section, rule: Rule) -> Section:
+    return section.without(rule.text) if rule in Context((section,)).rules else section
+
+
+def _plain(rule: str) -> str:
+    return " ".join(rule.split())
 
 
 def read_section(path: Path, kind: Kind = "tenant") -> Section:
