@@ -21,6 +21,7 @@ from engrain.errors import EngrainError
 from engrain.model import PACKED, packed_attention
 
 HEAD = 64
+PLAIN: Any = packed_attention
 
 
 class _Attention(torch.autograd.Function):
@@ -44,7 +45,7 @@ def deviation(kernel: Any, lengths: Sequence[int]) -> float:
     states, weight = [one.float().requires_grad_() for one in drawn[:3]], drawn[3]
     own = [one.detach().requires_grad_() for one in drawn[:3]]
     module, stream = torch.nn.Module(), [one.transpose(0, 1)[None] for one in states]
-    exact = packed_attention(module, stream[0], stream[1], stream[2], None, lengths=lengths)[0][0]
+    exact = PLAIN(module, *stream, None, lengths=lengths)[0][0]
     found = _Attention.apply(kernel, list(lengths), HEAD**-0.5, *own)
     exact.backward(weight.float())
     found.backward(weight)
@@ -73,7 +74,7 @@ def use() -> bool:
         window, scale = options.get("sliding_window"), options.get("scaling") or query.shape[-1] ** -0.5
         lengths = list(options["lengths"])
         if query.shape != value.shape or query.shape[-1] != HEAD or (window is not None and max(lengths) > window):
-            return packed_attention(module, query, key, value, mask, **options)
+            return PLAIN(module, query, key, value, mask, **options)
         states = (one[0].transpose(0, 1).to(torch.bfloat16).contiguous() for one in (query, key, value))
         return _Attention.apply(kernel, lengths, scale, *states)[None], None
 
