@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import random_rows
 
-from engrain.batch import WINDOW, collate, pack
+from engrain.batch import CONTEXTS, WINDOW, collate, pack
+from engrain.context import Context, Section
 from engrain.renderer import Row
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=200)
@@ -48,6 +51,34 @@ def test_rows_of_one_length_do_not_share_every_batch() -> None:
     rows = rows_of(lengths)
     fellows = [{lengths[index] for index in batch} for batch in pack(rows, 35, 0)]
     assert sum(len(kinds) == 2 for kinds in fellows) > 0.8 * len(fellows)
+
+
+def of_contexts(count: int, rows: int, length: int) -> list[Row]:
+    contexts = [Context((Section("tenant", str(number), (f"rule {number}",)),)) for number in range(count)]
+    return [Row([number] * length, [True] * length, contexts[number % count]) for number in range(rows)]
+
+
+def test_rows_of_one_context_lie_together_and_a_batch_has_several() -> None:
+    rows = of_contexts(12, 240, 10)
+    bins = pack(rows, 200, 0)
+    assert sorted(index for batch in bins for index in batch) == list(range(240))
+    for batch in bins:
+        packed = collate([rows[index] for index in batch])
+        assert sum(packed.spans) == len(packed.ids)
+        owners = [token % 12 for token in packed.ids.tolist()]
+        changes = sum(one != other for one, other in pairwise(owners))
+        assert changes == len(packed.contexts) - 1
+        starts = [sum(packed.spans[:number]) for number in range(len(packed.spans))]
+        named = [packed.contexts[number].sections[0].name for number in range(len(starts))]
+        assert named == [str(owners[start]) for start in starts]
+    assert sum(len({index % 12 for index in batch}) for batch in bins) > 0.75 * CONTEXTS * len(bins)
+
+
+def test_rows_without_a_context_among_others_have_an_empty_one() -> None:
+    (one,) = of_contexts(1, 1, 3)
+    packed = collate([one, Row([7], [True]), one])
+    assert packed.contexts == (one.context, Context()) and packed.spans == (6, 1)
+    assert collate([Row([7], [True])]).contexts == ()
 
 
 def test_positions_restart_and_a_first_token_never_carries_loss() -> None:

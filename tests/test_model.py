@@ -104,6 +104,22 @@ def test_a_batch_of_adapters_equals_each_alone() -> None:
             torch.testing.assert_close(got, model(row[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
+def test_over_a_packed_stream_each_adapter_acts_on_its_own_span() -> None:
+    model, rows = tiny("llama"), random_rows(5)
+    own = [trained_like(model, seed=seed) for seed in (1, 2)]
+    both = Adapter(
+        {site: Factors(*(torch.stack(pair) for pair in zip(*(one.factors[site] for one in own), strict=True)))
+         for site in own[0].factors}, own[0].alpha, own[0].rank,
+    )  # fmt: skip
+    spans = [sum(len(row.ids) for row in part) for part in (rows[:3], rows[3:])]
+    with attention(model, PACKED), torch.no_grad():
+        with adapted(model, both, spans):
+            together = packed_hidden(model, collate(rows))
+        for adapter, part, got in zip(own, (rows[:3], rows[3:]), together.split(spans), strict=True):
+            with adapted(model, adapter):
+                torch.testing.assert_close(got, packed_hidden(model, collate(part)), atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_of_another_base_is_refused() -> None:
     model = tiny("llama")
     for site, d_in, message in (

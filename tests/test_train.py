@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engrain import checkpoint
-from engrain.adapter import ConstantAdapter, delta_weight
+from engrain.adapter import Adapter, ConstantAdapter, Factors, delta_weight
 from engrain.batch import collate
+from engrain.context import Context, Section
 from engrain.errors import EngrainError, InputError, ModelError
 from engrain.gradients import Gradients, Sum, accumulate, passes, share_rows
 from engrain.model import PACKED, Base, adapted, attention, sites
@@ -81,6 +83,43 @@ def test_an_adapter_learns_and_the_base_stays(tmp_path: Path) -> None:
     assert all(delta_weight(source(()), site).any() for site in source.sites)
 
 
+class Stacked(torch.nn.Module):
+    """The simplest source that reads its contexts: a LoRA of its own for each name."""
+
+    def __init__(self, known: Mapping[str, tuple[int, int]], names: int) -> None:
+        super().__init__()
+        self.own = torch.nn.ModuleList(ConstantAdapter(known, 4) for _ in range(names))
+
+    def forward(self, contexts: Sequence[Context]) -> Adapter:
+        made = [self.own[int(one.sections[0].name)](()) for one in contexts]
+        factors = {
+            site: Factors(torch.stack([one.factors[site].a for one in made]),
+                          torch.stack([one.factors[site].b for one in made]))
+            for site in made[0].factors
+        }  # fmt: skip
+        return Adapter(factors, made[0].alpha, made[0].rank)
+
+
+def test_a_source_that_reads_its_contexts_learns_what_a_constant_cannot(tmp_path: Path) -> None:
+    """The same prompt is answered with another token for each context."""
+    contexts = [Context((Section("tenant", str(number), ("-",)),)) for number in range(4)]
+    rows = [Row([5, 9, 20 + number], [False, False, True], contexts[number]) for number in range(4)] * 10
+    ends = []
+    for source_of in (lambda known: ConstantAdapter(known, 4), lambda known: Stacked(known, 4)):
+        ours = base()
+        torch.manual_seed(0)
+        source = source_of(sites(ours.model))
+        result = train(
+            ours,
+            source,
+            rows,
+            replace(CONFIG, lr=1e-2, tokens=9000, batch_tokens=60, threads=1),
+            tmp_path / str(len(ends)),
+        )
+        ends.append(result.loss)
+    assert ends[0] > 1.3 and ends[1] < 0.5  # four answers, equally often: ln 4
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     results = []
     for flag in (False, True):
@@ -117,7 +156,7 @@ def test_gradients_over_processes_are_the_gradients() -> None:
     into = list(model.parameters())
     with attention(model, PACKED):
         masked_nll(model, None, collate(rows))[0].backward()
-        work = partial(accumulate, lambda batch: masked_nll(model, None, batch), into=into, pass_tokens=60)
+        work = partial(accumulate, lambda batch: nullcontext(masked_nll(model, None, batch)), into=into, pass_tokens=60)
         with Gradients(lambda rows, stopping: work(rows, stopping=stopping), into, 2, 2) as gradients:
             found = gradients(rows, threading.Event())
     assert found is not None and found.terms == int(collate(rows).mask.sum())

@@ -1,27 +1,35 @@
 """Whole rows packed into flat streams.
 
 A batch is one stream of tokens without padding: rows lie end to end, positions restart at each row, and attention
-never looks across rows (`model.packed_attention` reads `lengths`). Which rows share a batch is a pure function of
-the rows' lengths, the capacity and a seed, so that training can be resumed exactly.
+never looks across rows (`model.packed_attention` reads `lengths`). Rows of one context lie together, so that its
+adapter is made once. Which rows share a batch is a pure function of the rows' lengths and contexts, the capacity and a
+seed, so that training can be resumed exactly.
 """
 
 from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from engrain.context import Context
+
 if TYPE_CHECKING:
     from engrain.renderer import Row
 
 WINDOW = 32
 """Rows are packed within random windows of this many capacities: rows of one length do not flock together."""
+
+
+CONTEXTS = 4
+"""A batch has room for the rows of at least so many contexts."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,14 @@ class Packed:
     mask: Bool[Tensor, " tokens"]
     """Tokens that carry loss. Never a row's first token, which nothing predicts."""
     lengths: tuple[int, ...]
+    contexts: tuple[Context, ...] = ()
+    """Each context once, in the order in which their rows lie; none if no row has one."""
+    spans: tuple[int, ...] = ()
+    """Tokens of each context's rows."""
 
     def to(self, device: torch.device) -> Packed:
-        return Packed(self.ids.to(device), self.position_ids.to(device), self.mask.to(device), self.lengths)
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "position_ids", "mask")}
+        return replace(self, **moved)
 
 
 def pack(rows: Sequence[Row], capacity: int, seed: int) -> list[list[int]]:
@@ -46,22 +59,51 @@ def pack(rows: Sequence[Row], capacity: int, seed: int) -> list[list[int]]:
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1 token, got {capacity}")
     chance = random.Random(f"pack:{seed}")
-    order = list(range(len(rows)))
+    units = _units(rows, max(1, capacity // CONTEXTS), chance)
+    order = list(range(len(units)))
     chance.shuffle(order)
-    lengths = [len(row.ids) for row in rows]
+    lengths = [sum(len(rows[index].ids) for index in unit) for unit in units]
     windows = _windows(order, lengths, WINDOW * capacity)
     bins = [batch for window in windows for batch in _fit(window, lengths, capacity)]
     chance.shuffle(bins)
-    return bins
+    return [[index for unit in batch for index in units[unit]] for batch in bins]
+
+
+def _units(rows: Sequence[Row], tokens: int, chance: random.Random) -> list[list[int]]:
+    """Row indices that stay together: rows of one context up to so many tokens, and any other row by itself."""
+    units: list[list[int]] = []
+    by_context: dict[Context, list[int]] = defaultdict(list)
+    for index in range(len(rows)):
+        if (context := rows[index].context) is None:
+            units.append([index])
+        else:
+            by_context[context].append(index)
+    for indices in by_context.values():
+        chance.shuffle(indices)
+        held = tokens
+        for index in indices:
+            length = len(rows[index].ids)
+            if held + length > tokens:
+                units.append([])
+                held = 0
+            units[-1].append(index)
+            held += length
+    return units
 
 
 def collate(rows: Sequence[Row]) -> Packed:
-    """Rows laid end to end."""
+    """Rows laid end to end, those of one context together. Among rows with contexts, one without has an empty one."""
+    spans: dict[Context, int] = defaultdict(int)
+    if any(row.context is not None for row in rows):
+        for row in rows:
+            spans[row.context or Context()] += len(row.ids)
+        order = list(spans)
+        rows = sorted(rows, key=lambda row: order.index(row.context or Context()))
     lengths = tuple(len(row.ids) for row in rows)
     ids = torch.tensor([token for row in rows for token in row.ids], dtype=torch.long)
     mask = torch.tensor([trained for row in rows for trained in row.mask], dtype=torch.bool)
     position_ids = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.zeros_like(ids)
-    return Packed(ids, position_ids, mask & (position_ids > 0), lengths)
+    return Packed(ids, position_ids, mask & (position_ids > 0), lengths, tuple(spans), tuple(spans.values()))
 
 
 def _windows(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -29,7 +29,7 @@ class Section:
     kind: Kind
     name: str
     rules: tuple[str, ...]
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def canonical(self) -> str:
         rules = sorted(set(map(_plain, self.rules)))
@@ -72,6 +72,10 @@ class Context:
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of the canonical form."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         canonical = json.dumps(sorted(section.canonical() for section in self.sections))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -14,7 +14,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 UNEVEN = 1.14
 """A share with more than so many times its equal part of the tokens keeps the others waiting: threads are faster."""
 
-Loss = Callable[[Packed], tuple[Tensor, int]]
-"""The summed loss of a packed batch and the number of its terms."""
+Loss = Callable[[Packed], AbstractContextManager[tuple[Tensor, int]]]
+"""The summed loss of a packed batch and the number of its terms; backward runs inside."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def accumulate(
     for run in passes(rows, pass_tokens):
         if stopping.is_set():
             return None
-        value, count = loss(collate(run).to(into[0].device))
-        gradients = torch.autograd.grad(value, into, allow_unused=True, materialize_grads=True)
+        with loss(collate(run).to(into[0].device)) as (value, count):
+            gradients = torch.autograd.grad(value, into, allow_unused=True, materialize_grads=True)
         if sums:
             _add(sums, gradients)
         else:

@@ -133,9 +133,8 @@ class Learner:
         workers = 1 if alone else threads
         for parameter in self.trained.values() if workers > 1 else ():
             parameter.data = shared(parameter.data)
-        like = list(self.trained.values()) if source is None else source(()).tensors()
         self.pass_tokens = math.ceil(config.batch_tokens / workers)
-        self.gradients = Gradients(self._gradients, like, workers, threads)
+        self.gradients = Gradients(self._gradients, list(self.trained.values()), workers, threads)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def step(self, rows: Sequence[Row], lr: float, stopping: threading.Event) -> tuple[float, float] | None:
@@ -146,10 +145,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         mean, count = found.loss / max(found.terms, 1), float(max(found.terms, 1))
         parameters = list(self.trained.values())
-        torch.autograd.backward(parameters if self.source is None else self.source(()).tensors(), found.gradients)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(count)
+        for parameter, gradient in zip(parameters, found.gradients, strict=True):
+            parameter.grad = gradient / count
         self._leave_absent_tokens(rows)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         if not math.isfinite(mean) or not math.isfinite(norm):
@@ -172,19 +169,17 @@ class Learner:
             gradient[absent.to(gradient.device)] = 0
 
     def _gradients(self, rows: Sequence[Row], stopping: threading.Event) -> Sum | None:
-        """Of the loss over rows, with respect to the trained weights or to the factors that the source makes now."""
-        adapter = self.source(()).detach() if self.source is not None else None
-        for factor in adapter.tensors() if adapter is not None else ():
-            factor.requires_grad_()
-        into = list(self.trained.values()) if adapter is None else adapter.tensors()
+        """Of the loss over rows, with respect to the trained weights."""
+        return accumulate(self._loss, rows, list(self.trained.values()), self.pass_tokens, stopping)
 
-        def loss(batch: Packed) -> tuple[Tensor, int]:
-            with self.accelerator.autocast():
-                return self.objective(self.model, adapter, batch)
-
+    @contextmanager
+    def _loss(self, batch: Packed) -> Iterator[tuple[Tensor, int]]:
+        adapter = self.source(batch.contexts) if self.source is not None else None
         # backward runs inside `adapted`: gradient checkpointing replays the forward
-        with adapted(self.model, adapter) if adapter is not None else nullcontext():
-            return accumulate(loss, rows, into, self.pass_tokens, stopping)
+        with adapted(self.model, adapter, batch.spans) if adapter is not None else nullcontext():
+            with self.accelerator.autocast():
+                found = self.objective(self.model, adapter, batch)
+            yield found
 
     @contextmanager
     def training(self) -> Iterator[None]:

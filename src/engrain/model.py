@@ -95,16 +95,19 @@ def sites(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 @contextmanager
-def adapted(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> Iterator[None]:
     """Within the block, every forward of the model has the adapter's term added at its sites.
 
-    Run `backward` inside the block too: gradient checkpointing replays the forward.
+    A batch of adapters over a packed stream has each of them act on its own `spans`, in tokens: the stream is cut, not
+    the factors copied. Run `backward` inside the block too: gradient checkpointing replays the forward.
     """
     handles = []
     try:
         for site, (a, b) in adapter.factors.items():
             linear = _linear(model, site, (a.shape[-1], b.shape[-2]))
-            handles.append(linear.register_forward_hook(_adding(a, b, adapter.alpha, adapter.rank)))
+            strength = (adapter.alpha, adapter.rank)
+            adding = _adding_apart(a, b, *strength, spans) if a.dim() == 3 and spans else _adding(a, b, *strength)
+            handles.append(linear.register_forward_hook(adding))
         yield
     finally:
         for handle in handles:
@@ -191,5 +194,16 @@ def _linear(model: nn.Module, site: str, shape: tuple[int, int]) -> nn.Linear:
 def _adding(a: Tensor, b: Tensor, alpha: float, rank: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + lora_delta(inputs[0], a, b, alpha, rank)
+
+    return hook
+
+
+def _adding_apart(
+    a: Float[Tensor, "contexts rank d_in"], b: Float[Tensor, "contexts d_out rank"], alpha: float, rank: int,
+    spans: Sequence[int],
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:  # fmt: skip
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        parts = zip(inputs[0].split(list(spans), dim=1), a, b, strict=True)
+        return output + torch.cat([lora_delta(part, own_a, own_b, alpha, rank) for part, own_a, own_b in parts], dim=1)
 
     return hook

@@ -32,6 +32,7 @@ from engrain.trajectory import Message, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from engrain.context import Context
     from engrain.tool import Tool
 
 Rejected = Counter[str]
@@ -44,6 +45,8 @@ class Row:
 
     ids: list[int]
     mask: list[bool]
+    context: Context | None = None
+    """What the adapter is made for while this row is trained on; a constant source does not look."""
 
 
 def _failure(reason: str, expected: str, got: str, fix: str) -> RenderError:

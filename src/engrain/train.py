@@ -138,7 +138,8 @@ def _digest(
     numbers = {name: value for name, value in known.items() if type(value) in (int, float)}
     total = hashlib.sha256(repr((base.digest, type(source).__name__, numbers, shapes, settings)).encode())
     for row in rows:
-        total.update(array("l", row.ids).tobytes() + bytes(row.mask) + b"|")
+        context = row.context.digest() if row.context is not None else ""
+        total.update(array("l", row.ids).tobytes() + bytes(row.mask) + context.encode() + b"|")
     return total.hexdigest()
 
 
