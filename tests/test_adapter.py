@@ -24,6 +24,7 @@ from engrain.adapter import (
     merge,
     save_peft,
     scale,
+    stack,
 )
 from engrain.errors import InputError, ModelError
 from engrain.model import adapted, sites
@@ -138,6 +139,18 @@ def test_concat_is_the_sum_and_scale_the_product(rank_1: int, rank_2: int, alpha
     total = delta_weight(one, "y") + delta_weight(two, "y")
     torch.testing.assert_close(delta_weight(both, "y"), total, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(delta_weight(scale(one, factor), "x"), factor * delta_weight(one, "x"))
+
+
+def test_stack_is_a_batch_of_the_same_adapters() -> None:
+    own = [random_adapter(1, 2, 3.0), None, random_adapter(2, 5, 1.0, ("y",))]
+    batch = stack(own)
+    for site in ("x", "y"):
+        for adapter, delta in zip(own, delta_weight(batch, site), strict=True):
+            alone = adapter is not None and site in adapter.factors
+            expected = delta_weight(adapter, site) if alone else torch.zeros_like(delta)
+            torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="at least one"):
+        stack([None])
 
 
 def test_compress_is_lossless_at_full_rank_and_reports_what_it_drops() -> None:

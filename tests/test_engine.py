@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -26,7 +27,7 @@ from transformers import (
 
 from engrain import engine as engine_module
 from engrain import kv_cache
-from engrain.adapter import Adapter, Factors
+from engrain.adapter import Adapter, Factors, concat
 from engrain.constrain import choose
 from engrain.engine import CompiledPolicy, Engine
 from engrain.errors import EngrainError, ModelError
@@ -408,8 +409,8 @@ def test_a_turn_that_does_not_end_is_an_invalid_message_and_a_full_context_an_er
 
 
 def adapter(seed: int) -> Adapter:
+    shapes = sites(model())  # first: making it draws numbers
     torch.manual_seed(seed)
-    shapes = sites(model())
     factors = {site: Factors(torch.randn(2, d_in) * 0.1, torch.randn(d_out, 2)) for site, (d_in, d_out) in
                shapes.items()}  # fmt: skip
     return Adapter(factors, alpha=4.0, rank=2)
@@ -428,6 +429,32 @@ def test_merged_equals_hooked_and_the_base_stays_as_it_was() -> None:
         seen.append([completion.ids for completion in merged])
     assert seen[0] != seen[1] != [completion.ids for completion in base]
     assert make().decode(requests(False, 40))[1].ids == base[1].ids
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_each_request_of_a_batch_has_its_own_adapter(together: bool) -> None:
+    one, two = adapter(1), concat([adapter(2), adapter(3)])
+    own = [one, None, two, one, None]
+    asked = [replace(request, adapter=mine) for request, mine in zip(requests(), own, strict=True)]
+    for request, mixed in zip(asked, make(together=together).decode(asked), strict=True):
+        alone = make(adapter=request.adapter, together=together).decode([replace(request, adapter=None)])[0]
+        assert mixed.ids == alone.ids and mixed.logprobs == pytest.approx(alone.logprobs, abs=1e-3)
+
+
+def test_what_one_adapter_encoded_serves_no_other() -> None:
+    """Neither a stream that changes its adapter, nor a line that is free, nor a neighbour that begins alike."""
+    engine, prompt = make(), prompts(200)[0]
+    turns = [
+        Request(prompt, None, 20, owner, adapter=mine) for owner in "ab" for mine in (adapter(1), None, adapter(2))
+    ]
+    expected = [make(adapter=turn.adapter).generate([prompt], max_new=20)[0] for turn in turns]
+    assert [engine.decode([turn])[0].ids for turn in turns] == expected
+    engine.release("a")
+    fresh = [replace(turn, owner=number) for number, turn in enumerate(turns)]
+    assert [done.ids for done in engine.decode(fresh)] == expected
+    same = engine.encoded_tokens
+    engine.decode([replace(fresh[0], owner="again")])
+    assert engine.encoded_tokens - same < 30  # and what it did encode, it finds
 
 
 def test_a_malformed_grammar_is_refused() -> None:

@@ -127,6 +127,21 @@ def concat(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter(factors, strength * rank, rank)
 
 
+def stack(adapters: Sequence[Adapter | None]) -> Adapter:
+    """A batch of adapters of one base; None has no effect. Ranks are filled up with zeros, sites united."""
+    own = [adapter for adapter in adapters if adapter is not None]
+    if not own:
+        raise ValueError("stack needs at least one adapter")
+    strength, rank = own[0].alpha / own[0].rank, max(adapter.rank for adapter in own)
+    nothing = Adapter({}, strength, 1)
+    even = [_with_strength(adapter or nothing, strength) for adapter in adapters]
+    factors: dict[str, Factors] = {}
+    for site in dict.fromkeys(site for adapter in own for site in adapter.factors):
+        pairs = [_of_rank(pair, rank) for pair in _pairs(even, site)]
+        factors[site] = Factors(torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))
+    return Adapter(factors, strength * rank, rank)
+
+
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     """The closest adapter of `rank` (QR of both factors, SVD of the small core) and the share of energy lost.
 
@@ -140,9 +155,7 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
         root = s[..., :rank].sqrt()
         new_b, new_a = q_b @ u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * (vh[..., :rank, :] @ q_a.mT)
-        short = rank - root.shape[-1]
-        new_a = nn.functional.pad(new_a, (0, 0, 0, short)).to(a.dtype)
-        factors[site] = Factors(new_a, nn.functional.pad(new_b, (0, short)).to(b.dtype))
+        factors[site] = _of_rank(Factors(new_a.to(a.dtype), new_b.to(b.dtype)), rank)
         kept += s[..., :rank].square().sum().item()
         lost += s[..., rank:].square().sum().item()
     return Adapter(factors, adapter.alpha / adapter.rank * rank, rank), lost / max(kept + lost, 1e-300)
@@ -226,10 +239,22 @@ def _with_strength(adapter: Adapter, strength: float) -> Adapter:
     return Adapter(factors, strength * adapter.rank, adapter.rank)
 
 
+def _of_rank(pair: Factors, rank: int) -> Factors:
+    """Factors filled up with zeros to a larger rank: the same term."""
+    more = rank - pair.a.shape[-2]
+    return Factors(nn.functional.pad(pair.a, (0, 0, 0, more)), nn.functional.pad(pair.b, (0, more)))
+
+
 def _join(adapters: Sequence[Adapter], site: str) -> Factors:
-    """Factors of one site along rank; an adapter without the site gives zeros."""
+    """Factors of one site along rank."""
+    pairs = _pairs(adapters, site)
+    return Factors(torch.cat([a for a, _ in pairs], dim=-2), torch.cat([b for _, b in pairs], dim=-1))
+
+
+def _pairs(adapters: Sequence[Adapter], site: str) -> list[Factors]:
+    """Each adapter's factors of a site; zeros for one that leaves it as it is."""
     known = next(adapter.factors[site] for adapter in adapters if site in adapter.factors)
-    pairs = [
+    return [
         adapter.factors.get(site)
         or Factors(
             known.a.new_zeros(*known.a.shape[:-2], adapter.rank, known.a.shape[-1]),
@@ -237,7 +262,6 @@ def _join(adapters: Sequence[Adapter], site: str) -> Factors:
         )
         for adapter in adapters
     ]
-    return Factors(torch.cat([a for a, _ in pairs], dim=-2), torch.cat([b for _, b in pairs], dim=-1))
 
 
 def _move(factor: Tensor, where: Sequence[torch.device | torch.dtype]) -> Tensor:

@@ -3,7 +3,7 @@
 Each episode keeps its line in the KV cache from turn to turn: a turn encodes only what its prompt adds to it. All
 episodes of a round decode together, one forward pass a step, and drop out as their turns end. Greedy decoding drafts
 what comes next from what followed the same tokens before, and keeps what the model would have chosen. Invariant: a
-line's tokens depend on its own prompt, grammar and seed, never on its neighbours nor on drafts.
+line's tokens depend on its own prompt, adapter, grammar and seed, never on its neighbours nor on drafts.
 
 What is not covered: recurrent or chunked attention layers, and rotary embeddings whose frequencies change with the
 length (`dynamic`, `longrope`); such bases are refused. Keys and values outside a sliding window are kept in memory.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engrain.adapter import Adapter, merge
+from engrain.adapter import Adapter, merge, stack
 from engrain.constrain import Grammars, choose, draw, forced
 from engrain.errors import EngrainError, ModelError
 from engrain.kv_cache import WIDEST_TOGETHER, KVCache, Line, Step, attending, common_prefix
@@ -75,6 +75,7 @@ class Engine:
         self.cache = KVCache(self.device)
         self.encoded_tokens = self.passes = 0
         self._clock = 0
+        self._mixed: tuple[list[Adapter | None], Adapter] = ([], Adapter({}, 1.0, 1))
         self._self_check()
         self.cache = KVCache(self.device)
         self.encoded_tokens = self.passes = 0
@@ -133,7 +134,7 @@ class Engine:
         turns = [self._begin(request, owner, owners) for request, owner in zip(requests, owners, strict=True)]
         self._share_prefixes(turns)
         self._encode_long_prompts(turns)
-        active = turns
+        active = sorted(turns, key=lambda turn: id(turn.line.adapter))  # lines of one adapter side by side
         while active:
             self.cache.to_front([turn.line for turn in active])
             self._advance(active)
@@ -150,11 +151,11 @@ class Engine:
         prompt = list(request.prompt)
         line = next((line for line in self.cache.lines if line.owner == owner), None)
         fresh = line is None
-        line = line or self._free_line(prompt, owners)
+        line = line or self._free_line(prompt, request.adapter, owners)
         self._clock += 1
-        line.owner, line.used = owner, self._clock
         # A template that rewrote history: crop. The last token is encoded again if need be: it predicts the first new.
-        del line.ids[min(common_prefix(line.ids, prompt), len(prompt) - 1) :]
+        del line.ids[min(line.common(prompt, request.adapter), len(prompt) - 1) :]
+        line.owner, line.used, line.adapter = owner, self._clock, request.adapter
         matcher = self.grammars.matcher(request.grammar) if request.grammar is not None else None
         limit = min(request.max_new, self.max_context - len(prompt))
         turn = Turn(prompt, line, matcher, limit, f"{self.sampling.seed}:{request.seed}", fresh)
@@ -162,15 +163,15 @@ class Engine:
         turn.append(forced(matcher), self.stops)
         return turn
 
-    def _free_line(self, prompt: Sequence[int], owners: Sequence[object]) -> Line:
+    def _free_line(self, prompt: Sequence[int], adapter: Adapter | None, owners: Sequence[object]) -> Line:
         """A line that nobody in this call needs: the one that shares most with the prompt, or else a new one."""
         lines = self.cache.lines
         full = len(lines) >= max(self.parallel, len(owners))
         free = [line for line in lines if line.owner is None]
         if full and not free:
             free = [min((line for line in lines if line.owner not in owners), key=lambda line: line.used)]
-        best = max(free, key=lambda line: common_prefix(line.ids, prompt), default=None)
-        if best is not None and (full or not best.ids or common_prefix(best.ids, prompt) >= SHORTEST_SHARED):
+        best = max(free, key=lambda line: line.common(prompt, adapter), default=None)
+        if best is not None and (full or not best.ids or best.common(prompt, adapter) >= SHORTEST_SHARED):
             return best
         return self.cache.add_line()
 
@@ -180,11 +181,13 @@ class Engine:
             if not turn.fresh:
                 continue
             longest = len(turn.prompt) - 1
-            source = max(self.cache.lines, key=lambda line: common_prefix(line.ids, turn.prompt))
-            shared = min(common_prefix(source.ids, turn.prompt), longest)
+            adapter = turn.line.adapter
+            source = max(self.cache.lines, key=lambda line: line.common(turn.prompt, adapter))
+            shared = min(source.common(turn.prompt, adapter), longest)
             if shared - len(turn.line.ids) >= SHORTEST_SHARED:
                 self.cache.copy_prefix(source, turn.line, shared)
-            later = (common_prefix(other.prompt, turn.prompt) for other in turns[number + 1 :] if other.fresh)
+            alike = (other for other in turns[number + 1 :] if other.fresh and other.line.adapter is adapter)
+            later = (common_prefix(other.prompt, turn.prompt) for other in alike)
             common = min(max(later, default=0), longest)
             if common - len(turn.line.ids) >= SHORTEST_SHARED:
                 self._encode([turn.line], [turn.prompt[len(turn.line.ids) : common]], [0])
@@ -273,7 +276,7 @@ class Engine:
     ) -> Float[Tensor, "kept vocabulary"]:
         """Extend lines by new tokens in one pass; logits at the kept positions of the flat stream."""
         step = Step(self.cache, lines, feeds)
-        with attending(self.model.config):
+        with attending(self.model.config), self._adapting(lines, step.counts):
             logits = self.model(
                 input_ids=step.ids, position_ids=step.positions, use_cache=False, lines_step=step,
                 logits_to_keep=torch.tensor(keep, device=self.device),
@@ -283,14 +286,38 @@ class Engine:
         self.encoded_tokens += sum(step.counts)
         return logits
 
+    def _adapting(self, lines: Sequence[Line], counts: Sequence[int]) -> AbstractContextManager[Any]:
+        """The adapter of each line on its own tokens."""
+        own: list[Adapter | None] = []
+        spans: list[int] = []
+        for line, count in zip(lines, counts, strict=True):
+            if own and own[-1] is line.adapter:
+                spans[-1] += count
+            else:
+                own.append(line.adapter)
+                spans.append(count)
+        if not any(own):
+            return nullcontext()
+        if list(map(id, own)) != list(map(id, self._mixed[0])):
+            self._mixed = (own, stack(own))
+        return adapted(self.model, self._mixed[1], spans)
+
 
 class CompiledPolicy:
     """The model as a policy. A turn that does not end in time comes back as text with `error="truncated"`."""
 
     name = "compiled"
 
-    def __init__(self, engine: Engine, *, constrained: bool = True, max_new: int = LONGEST_TURN) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        constrained: bool = True,
+        max_new: int = LONGEST_TURN,
+        adapter_of: Callable[[Episode], Adapter | None] = lambda episode: None,
+    ) -> None:
         self.engine, self.constrained, self.max_new = engine, constrained, max_new
+        self._adapter_of = adapter_of
         self._grammars: dict[tuple[Tool, ...], str] = {}
 
     def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
@@ -309,7 +336,8 @@ class CompiledPolicy:
             prompt = self.engine.renderer.prompt(episode.trajectory)
             grammar = self._grammar(episode.tools) if self.constrained else None
             seed = f"{episode.trajectory.id}:{len(episode.trajectory.messages)}"
-            request = Request(prompt, grammar, self.max_new, id(episode.trajectory), seed)
+            adapter = self._adapter_of(episode)
+            request = Request(prompt, grammar, self.max_new, id(episode.trajectory), seed, adapter)
             self.engine.check(request)
         except EngrainError as error:
             return error

@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
+from engrain.adapter import Adapter
+
 ATTENTION = "engrain_lines"
 FIRST_CAPACITY = 256
 WIDEST_TOGETHER = 16
@@ -33,6 +35,12 @@ class Line:
     ids: list[int] = field(default_factory=list)
     owner: object = None
     used: int = 0
+    adapter: Adapter | None = None
+    """What the model was adapted with as it encoded them."""
+
+    def common(self, prompt: Sequence[int], adapter: Adapter | None) -> int:
+        """How many of a prompt's first tokens this line holds, as that adapter encodes them."""
+        return common_prefix(self.ids, prompt) if self.adapter is adapter else 0
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
 
+from engrain.adapter import Adapter
 from engrain.kv_cache import Line
 
 
@@ -40,6 +41,9 @@ class Request:
     max_new: int = LONGEST_TURN
     owner: object = None
     seed: str = ""
+    adapter: Adapter | None = None
+    """What the base is adapted with for this turn. The same object wherever it is the same adapter: a stream goes on
+    with, or shares, only what that adapter has encoded."""
 
 
 @dataclass(frozen=True)
