@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
 _LISTS = ("bullet_list", "ordered_list")
-_NOT_PROSE = ["code", "html_block", "reference"]  # would swallow indented lines, `<tag>` and `[word]: text`
+_NOT_RULES = ["blockquote", "code", "html_block", "reference"]  # would change `>300`, indents, `<tag>`, `[VIP]: yes`
 
 
 def plain(text: str) -> str:
@@ -31,7 +31,7 @@ def under(prefix: str, text: str) -> str:
 def parse(text: str) -> list[SyntaxTreeNode]:
     """The blocks of a text, without its comments; line numbers stay."""
     text = re.sub(r"<!--.*?-->", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.DOTALL)
-    parser = MarkdownIt("commonmark", {"maxNesting": 200}).disable(_NOT_PROSE)
+    parser = MarkdownIt("commonmark", {"maxNesting": 200}).disable(_NOT_RULES)
     return SyntaxTreeNode(parser.parse(text)).children
 
 
@@ -58,8 +58,6 @@ def block_rules(blocks: Sequence[SyntaxTreeNode], prefix: str = "") -> Iterator[
         elif block.type in _LISTS:
             for item in block.children:
                 yield from _item_rules(item, lead)
-        elif block.type == "blockquote":
-            yield from block_rules(block.children, inside)
         elif block.type == "paragraph" and words(block).endswith(":") and after is not None and after.type in _LISTS:
             lead = under(inside, words(block))
             continue
