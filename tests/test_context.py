@@ -83,6 +83,7 @@ def test_each_form_of_markdown_is_rules_with_what_they_stand_under():
     <!-- - Not a
     rule. -->
     [VIP]: Credit 20.
+    ---
 
     # Returns
     ```
@@ -376,6 +377,10 @@ def test_a_demonstration_is_its_request_and_its_actions(tmp_path: Path):
     assert examples_section([run(*turns)], steps=1).rules == ("refund A12 -> find(order: A12)",)
     write_trajectories(tmp_path / "runs.jsonl", [run(*turns)])
     assert read_context(tmp_path / "runs.jsonl").rules == (Rule("examples", whole),)
+    for runs, message in (([run()], "has no action"), ([], "no runs found")):
+        write_trajectories(tmp_path / "runs.jsonl", runs)
+        with pytest.raises(InputError, match=rf"runs\.jsonl: .*{message}"):
+            read_context(tmp_path / "runs.jsonl")
     with pytest.raises(InputError, match="'a' has no action and shows nothing; leave it out"):
         examples_section([run()])
     with pytest.raises(InputError, match="has no request"):

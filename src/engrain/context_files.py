@@ -13,7 +13,7 @@ from markdown_it.tree import SyntaxTreeNode
 
 from engrain import markdown
 from engrain.context import Context, Kind, Section
-from engrain.errors import WorkflowError
+from engrain.errors import InputError, WorkflowError
 from engrain.markdown import words
 from engrain.sections import examples_section, named, tool_section
 from engrain.trajectory import read_trajectories
@@ -38,7 +38,7 @@ def read_context(path: Path, kind: Kind = "tenant") -> Context:
     for. Raises `InputError` naming the file and the fix.
     """
     if path.suffix == ".jsonl":
-        return Context((examples_section(read_trajectories(path)),))
+        return Context((_read_examples(path),))
     if path.suffix != ".json":
         return Context(_read_markdown(path, kind))
     schemas = _json(_read(path, "tool schemas"), str(path))
@@ -50,6 +50,17 @@ def _read(path: Path, what: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise WorkflowError(f"{path}: cannot read the {what}: {error}") from error
+
+
+def _read_examples(path: Path) -> Section:
+    runs = list(read_trajectories(path))
+    try:
+        section = examples_section(runs)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not section.rules:
+        raise InputError(f"{path}: no runs found; make them with `engrain record`")
+    return section
 
 
 def _read_markdown(path: Path, kind: Kind) -> tuple[Section, ...]:

@@ -15,7 +15,8 @@ from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
 _LISTS = ("bullet_list", "ordered_list")
-_NOT_RULES = ["blockquote", "code", "html_block", "reference"]  # would change `>300`, indents, `<tag>`, `[VIP]: yes`
+_OFF = ["blockquote", "code", "html_block", "lheading", "reference"]
+"""Off, because they would take text away: `>300`, an indented line, `<tag>`, a paragraph above `---`, `[VIP]: yes`."""
 
 
 def plain(text: str) -> str:
@@ -31,7 +32,7 @@ def under(prefix: str, text: str) -> str:
 def parse(text: str) -> list[SyntaxTreeNode]:
     """The blocks of a text, without its comments; line numbers stay."""
     text = re.sub(r"<!--.*?-->", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.DOTALL)
-    parser = MarkdownIt("commonmark", {"maxNesting": 200}).disable(_NOT_RULES)
+    parser = MarkdownIt("commonmark", {"maxNesting": 200}).disable(_OFF)
     return SyntaxTreeNode(parser.parse(text)).children
 
 
