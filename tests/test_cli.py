@@ -146,7 +146,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no docstring": (rewrite("workflow.py", '"""Lend one copy of a book.', '"""'), "lend_book"),
     "tenant": (rewrite("tenants/north.md", '"\n---\n', '"\n'), "front matter"),
     "tenant YAML": (rewrite("tenants/north.md", "name: north", "name: [north"), "not YAML"),
-    "no rules": (rewrite("tenants/north.md", "\n- ", "\n* "), "no rules"),
+    "no rules": (rewrite("tenants/north.md", "\n- ", "\n# "), "no rules"),
     "teacher": (rewrite("workflow.py", 'wrong = "" if library.loans == expected', 'wrong = "" if False'), "no goal"),
 }
 

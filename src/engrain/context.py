@@ -12,12 +12,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
-import yaml
-
-from engrain.errors import InputError, WorkflowError
+from engrain.errors import InputError
+from engrain.markdown import plain
 
 Kind = Literal["tenant", "tool", "phase", "task", "examples"]
 
@@ -32,7 +30,7 @@ class Section:
     settings: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def canonical(self) -> str:
-        rules = sorted(set(map(_plain, self.rules)))
+        rules = sorted(set(map(plain, self.rules)))
         return json.dumps([self.kind, self.name, rules], ensure_ascii=False)
 
     def markdown(self) -> str:
@@ -40,10 +38,10 @@ class Section:
 
     def without(self, rule: str) -> Section:
         """Raises `InputError` if the section does not have the rule."""
-        wanted = _plain(rule)
-        if wanted not in map(_plain, self.rules):
+        wanted = plain(rule)
+        if wanted not in map(plain, self.rules):
             raise InputError(f"{self.kind} {self.name!r} has no rule {wanted!r:.80}; it has {len(self.rules)} others")
-        return replace(self, rules=tuple(one for one in self.rules if _plain(one) != wanted))
+        return replace(self, rules=tuple(one for one in self.rules if plain(one) != wanted))
 
     def with_rule(self, rule: str) -> Section:
         return replace(self, rules=(*self.rules, rule))
@@ -68,7 +66,7 @@ class Context:
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
         """Every rule once, in canonical order."""
-        return tuple(sorted({Rule(one.kind, _plain(rule)) for one in self.sections for rule in one.rules}))
+        return tuple(sorted({Rule(one.kind, plain(rule)) for one in self.sections for rule in one.rules}))
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of the canonical form."""
@@ -94,39 +92,3 @@ class Context:
 
 def _without(section: Section, rule: Rule) -> Section:
     return section.without(rule.text) if rule in Context((section,)).rules else section
-
-
-def _plain(rule: str) -> str:
-    return " ".join(rule.split())
-
-
-def read_section(path: Path, kind: Kind = "tenant") -> Section:
-    """A Markdown file: optional YAML front matter (`name`, other strings), then one rule a `- ` bullet.
-
-    A bullet may go on over indented lines. Raises `WorkflowError` naming the file and what is missing.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WorkflowError(f"{path}: cannot read the {kind} profile: {error}") from error
-    settings: dict[str, str] = {}
-    if text.startswith("---\n"):
-        head, mark, text = text[4:].partition("\n---\n")
-        if not mark:
-            raise WorkflowError(f"{path}: front matter starts with '---' but never ends; close it with a line '---'")
-        try:
-            loaded = yaml.safe_load(head) or {}
-        except yaml.YAMLError as error:
-            raise WorkflowError(f"{path}: front matter is not YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(loaded, dict):
-            raise WorkflowError(f"{path}: front matter must be 'key: value' lines, got {type(loaded).__name__}")
-        settings = {str(key): str(value) for key, value in loaded.items()}
-    rules: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("- "):
-            rules.append(line[2:].strip())
-        elif rules and line.startswith("  ") and line.strip():
-            rules[-1] += " " + line.strip()
-    if not rules:
-        raise WorkflowError(f"{path}: no rules found; write each rule as a line that starts with '- '")
-    return Section(kind, settings.pop("name", path.stem), tuple(rules), settings)

@@ -12,17 +12,20 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from engrain.context import Section, read_section
+from engrain.context import Context, Section
+from engrain.context_files import read_section
 from engrain.errors import WorkflowError
+from engrain.sections import phase_section, tool_section
 from engrain.task import Task
 from engrain.tool import Tool
 from engrain.trajectory import Message, Outcome
 
 Instructions = Literal["none", "full"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class Workflow:
 
         Raises `WorkflowError` for an unknown tenant.
         """
-        if tenant and tenant not in self.tenants:
-            raise WorkflowError(f"unknown tenant {tenant!r}; this workflow has {sorted(self.tenants)}")
+        if tenant:
+            _named(tenant, self.tenants, "tenant")
         line = f"{self.description} Tenant: {tenant}." if tenant else self.description
         if instructions == "none":
             return line
@@ -90,9 +93,36 @@ class Workflow:
             parts.append(f"Rules of {tenant}:\n{self.tenants[tenant].markdown()}")
         return "\n\n".join(parts)
 
+    def context(self, tenant: str, phase: str = "", tool: str = "") -> Context:
+        """What a compiled agent's prompt leaves out: the sections of the tenant, the phase and the tool named.
+
+        Raises `WorkflowError` for an unknown name.
+        """
+        sections: list[Section] = []
+        if tenant:
+            sections.append(_named(tenant, self.tenants, "tenant"))
+        if phase:
+            found = _named(phase, {one.name: one for one in self.phases}, "phase")
+            sections.append(phase_section(found.name, found.instructions, found.tools))
+        if tool:
+            sections.append(tool_section(_named(tool, {one.name: one for one in self.tools}, "tool").schema()))
+        return Context(tuple(sections))
+
+    def with_tenant(self, section: Section) -> Workflow:
+        """The workflow with one more tenant, or with another profile for one that it has."""
+        if section.kind != "tenant":
+            raise WorkflowError(f"expected a tenant's section, got {section.kind} {section.name!r}; read a profile")
+        return replace(self, tenants={**self.tenants, section.name: section})
+
     def schemas(self, instructions: Instructions) -> str:
         """JSON text of the tool schemas to put in the prompt: none for a compiled agent."""
         return json.dumps([tool.schema() for tool in self.tools] if instructions == "full" else [], ensure_ascii=False)
+
+
+def _named(name: str, known: Mapping[str, _T], what: str) -> _T:
+    if name not in known:
+        raise WorkflowError(f"unknown {what} {name!r}; this workflow has {sorted(known)}")
+    return known[name]
 
 
 def read_tenants(directory: Path) -> dict[str, Section]:
