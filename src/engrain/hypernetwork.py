@@ -80,8 +80,8 @@ class LearnedSource(nn.Module):
         """The shared term and the contexts' own, side by side along rank."""
         shared, joined = self.shared().factors, {}
         for site, (a, b) in factors.items():
-            common = (factor.expand(contexts, -1, -1) for factor in shared[site])
-            joined[site] = Factors(torch.cat([next(common), a], dim=-2), torch.cat([next(common), b], dim=-1))
+            common_a, common_b = (factor.expand(contexts, -1, -1) for factor in shared[site])
+            joined[site] = Factors(torch.cat([common_a, a], dim=-2), torch.cat([common_b, b], dim=-1))
         rank = next(iter(joined.values())).a.shape[-2]
         return Adapter(joined, self.settings.strength * rank, rank)
 
