@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from engrain.errors import InputError
 
@@ -18,7 +18,7 @@ def _explain(error: OSError, path: Path) -> InputError:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of `path` when the block ends without an error.
 
     Raises `InputError` when the disk is full or the place cannot be written.

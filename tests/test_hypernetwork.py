@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from models import ARCHITECTURES, tiny
+from templates import tokenizer
+from torch import Tensor, nn
+
+from engrain.adapter import Adapter, ConstantAdapter, Factors, delta_weight, load_peft, lora_delta, save_peft
+from engrain.context import Context, Rule, Section
+from engrain.encoder import BaseEncoder, Features, padded
+from engrain.errors import InputError, ModelError
+from engrain.hypernetwork import (
+    SOURCES,
+    GenerativeAdapter,
+    Hypernetwork,
+    JointHypernetwork,
+    LearnedSource,
+    Settings,
+    TextToLora,
+    load_hypernetwork,
+    polar,
+    save_hypernetwork,
+    split_site,
+)
+from engrain.layers import Heads
+from engrain.model import Base, adapted, sites
+
+SITES = {"m.0.x": (6, 5), "m.0.y": (7, 3), "m.1.x": (6, 5), "m.1.y": (6, 3)}
+SMALL = Settings(rank=2, shared_rank=3, width=16, layers=1, strength=1.7)
+LONG = Context((Section("tenant", "t", ("refund up to 40", "escalate fraud")), Section("tool", "f", ("limit is 250",))))
+SHORT = Context((Section("tenant", "u", ("escalate fraud",)),))
+EMPTY = Context()
+
+every_source = pytest.mark.parametrize("kind", SOURCES)
+
+
+class Words:
+    """An encoder of words, each with random states of its own."""
+
+    width, settings = 12, {"kind": "words"}
+    digest = "words"
+
+    def __call__(self, rules: Sequence[Rule]) -> Features:
+        return padded([torch.stack([self._word(word) for word in rule.text.split()]) for rule in rules], self.width)
+
+    def _word(self, word: str) -> Tensor:
+        return torch.randn(self.width, generator=torch.Generator().manual_seed(int.from_bytes(word.encode()[:7])))
+
+
+def perturbed(source: LearnedSource) -> LearnedSource:
+    """As if trained: no factor is zero."""
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    return source.eval()
+
+
+def source_of(kind: str) -> LearnedSource:
+    torch.manual_seed(0)
+    return SOURCES[kind](Words(), SITES, SMALL)
+
+
+def rule_wise() -> Hypernetwork:
+    source = perturbed(source_of("rule-wise"))
+    assert isinstance(source, Hypernetwork)
+    return source
+
+
+def one(adapter: Adapter, n: int) -> Mapping[str, Factors]:
+    return {site: Factors(a[n], b[n]) for site, (a, b) in adapter.factors.items()}
+
+
+def equal(left: Mapping[str, Factors], right: Mapping[str, Factors]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(mine, theirs) for site in left for mine, theirs in zip(left[site], right[site], strict=True)
+    )
+
+
+@every_source
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_untrained_it_leaves_the_base_unchanged_and_trained_it_follows_the_context(
+    kind: str, architecture: str
+) -> None:
+    words = tokenizer("chatml")
+    base = Base(tiny(architecture, vocab_size=len(words)), words, digest=architecture)
+    source, ids = SOURCES[kind](BaseEncoder(base), sites(base.model), SMALL), torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        plain = base.model(ids).logits
+        with adapted(base.model, source([LONG, SHORT])):
+            assert torch.equal(base.model(ids).logits, plain)
+        trained = perturbed(source)([LONG, SHORT])
+        with adapted(base.model, trained):
+            changed = base.model(ids).logits
+    assert (changed - plain).abs().max() > 1e-3
+    for n, context in enumerate((LONG, SHORT)):
+        with adapted(base.model, source([context])), torch.no_grad():
+            torch.testing.assert_close(base.model(ids[n : n + 1]).logits[0], changed[n], atol=1e-4, rtol=1e-4)
+
+
+@every_source
+def test_a_batch_gives_what_each_context_gives_alone(kind: str) -> None:
+    source = perturbed(source_of(kind)).train()
+    batch = source([LONG, EMPTY, SHORT])
+    assert batch.alpha / batch.rank == pytest.approx(SMALL.strength)
+    assert all(a.shape == (3, batch.rank, SITES[site][0]) for site, (a, _) in batch.factors.items())
+    for n, context in enumerate((LONG, EMPTY, SHORT)):
+        alone = source([context])
+        for site in SITES:
+            torch.testing.assert_close(delta_weight(batch, site)[n], delta_weight(alone, site)[0], atol=1e-5, rtol=1e-4)
+    assert (delta_weight(batch, "m.0.x")[0] - delta_weight(batch, "m.0.x")[2]).abs().max() > 1e-3
+
+
+@every_source
+def test_the_order_of_rules_does_not_matter(kind: str) -> None:
+    source = perturbed(source_of(kind))
+    turned = Context(tuple(Section(one.kind, one.name, one.rules[::-1]) for one in LONG.sections[::-1]))
+    assert equal(source([LONG]).factors, source([turned]).factors)
+
+
+@every_source
+def test_every_parameter_learns_and_is_in_one_group(kind: str) -> None:
+    source = perturbed(source_of(kind)).train()
+    adapter = source([LONG, SHORT, EMPTY])
+    torch.stack([delta_weight(adapter, site).square().sum() for site in SITES]).sum().backward()
+    groups = source.parameter_groups()
+    assert set(groups) == {"trunk", "heads", "shared"} and all(groups.values())
+    grouped = [parameter for group in groups.values() for parameter in group]
+    assert len(grouped) == len(set(grouped)) == len(list(source.parameters()))
+    for parameter in grouped:
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+@every_source
+def test_one_step_of_training_leaves_the_zero(kind: str) -> None:
+    """Exactly one factor of each product starts at zero: with two, nothing would ever move."""
+    source = source_of(kind).train()
+    adapter = source([LONG])
+    assert all(not b.any() and a.flatten(1).norm(dim=1).all() for a, b in adapter.factors.values())
+    torch.stack([(delta_weight(adapter, site) - 1).square().sum() for site in SITES]).sum().backward()
+    for part in ("heads", "shared"):
+        assert any(p.grad is not None and p.grad.any() for p in source.parameter_groups()[part])
+
+
+def test_a_rules_term_is_a_function_of_that_rule_alone() -> None:
+    source = rule_wise()
+    terms = source.terms(LONG.rules)
+    assert terms.rank == 2 and terms.factors["m.0.y"].b.shape == (3, 3, 2)
+    for n, rule in enumerate(LONG.rules):
+        assert equal(one(source.terms([rule]), 0), one(terms, n))
+    edited = Context((Section("tenant", "t", ("refund up to 50", "escalate fraud")), LONG.sections[1]))
+    after = source.terms(edited.rules)
+    for n, (old, new) in enumerate(zip(LONG.rules, edited.rules, strict=True)):
+        assert equal(one(terms, n), one(after, n)) == (old == new)
+
+
+def test_equal_words_of_another_kind_are_another_rule() -> None:
+    source = rule_wise()
+    terms = source.terms([Rule("tenant", "limit is 250"), Rule("tool", "limit is 250")])
+    assert not equal(one(terms, 0), one(terms, 1))
+
+
+def test_removing_a_rule_removes_exactly_its_term() -> None:
+    source = rule_wise()
+    terms = source.terms(LONG.rules)
+    whole = source([LONG])
+    for gone, rule in enumerate(LONG.rules):
+        left = [n for n in range(3) if n != gone]
+        without = source([LONG.without(rule)])
+        composed = source.compose(terms, [left])
+        assert equal(without.factors, composed.factors) and (without.alpha, without.rank) == (composed.alpha, 7)
+        for site in SITES:
+            term = delta_weight(terms, site)[gone]
+            removed = delta_weight(whole, site) - delta_weight(without, site)
+            torch.testing.assert_close(removed[0], term, atol=1e-5, rtol=1e-4)
+    assert equal(source([EMPTY]).factors, source.compose(terms, [[]]).factors)
+
+
+def test_a_context_without_rules_has_the_shared_term_only() -> None:
+    source = rule_wise()
+    for adapter in (source([EMPTY]), source([LONG, EMPTY])):
+        for site, (a, b) in source.shared().factors.items():
+            torch.testing.assert_close(delta_weight(adapter, site)[-1], SMALL.strength * b @ a)
+
+
+def test_strength_does_not_depend_on_the_number_of_rules() -> None:
+    source = rule_wise()
+    three, two = source.compose(source.terms(LONG.rules), [[0, 1, 2], [1]]), source.terms(LONG.rules)
+    shared = delta_weight(source([EMPTY]), "m.0.x")[0]
+    torch.testing.assert_close(delta_weight(three, "m.0.x")[1], shared + delta_weight(two, "m.0.x")[1])
+
+
+def test_heads_start_at_pefts_size_for_every_shape() -> None:
+    torch.manual_seed(0)
+    heads = Heads({"x": (256, 8), "y": (64, 8)}, width=32, rank=4)
+    latents = torch.nn.functional.rms_norm(torch.randn(50, 2, 32), (32,))
+    for site, (a, _) in heads(latents).items():
+        d_in = a.shape[-1]
+        assert a.detach().std() == pytest.approx(
+            (1 / (3 * d_in)) ** 0.5, rel=0.1
+        )  # Kaiming-uniform with PEFT's sqrt(5)
+        assert site in {"x", "y"}
+
+
+def test_polar_is_the_orthogonal_factor_and_has_a_gradient_where_singular_values_tie() -> None:
+    chance = torch.Generator().manual_seed(0)
+    u, _, vt = torch.linalg.svd(torch.randn(5, 4, 4, generator=chance))
+    core = u @ torch.diag(torch.tensor([1.0, 0.9, 0.6, 0.3])) @ vt
+    torch.testing.assert_close(polar(core, steps=12), u @ vt, atol=1e-4, rtol=0)
+    for tied in (torch.eye(3), torch.zeros(3, 3)):
+        leaf = tied.requires_grad_()
+        polar(leaf).sum().backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+    assert not polar(torch.zeros(3, 3)).any()
+
+
+def test_a_site_is_a_layer_and_a_module() -> None:
+    assert split_site("model.layers.11.mlp.up_proj") == (11, "model.layers.mlp.up_proj")
+    assert split_site("projector") == (-1, "projector")
+
+
+def fitted(source: nn.Module, contexts: Sequence[Context], targets: Tensor, steps: int) -> float:
+    """Final loss, as a share of the targets' variance, of making the delta of one site the context's target."""
+    optimizer = torch.optim.Adam(source.parameters(), 1e-2)
+    inputs, loss = torch.eye(6).expand(len(contexts), -1, -1), torch.zeros(())
+    for _ in range(steps):
+        adapter = source(contexts)
+        a, b = adapter.factors["x"]
+        loss = (lora_delta(inputs, a, b, adapter.alpha, adapter.rank) - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(source.parameters(), 1.0)
+        optimizer.step()
+    return loss.item() / targets.var().item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        (Hypernetwork, 0.0, 0.02),
+        (JointHypernetwork, 0.0, 0.05),
+        (TextToLora, 0.1, 0.4),  # these two see a bag of tokens, and two of the six contexts have equal bags
+        (GenerativeAdapter, 0.1, 0.4),
+    ],
+)
+def test_it_learns_what_depends_on_the_rules_and_a_constant_cannot(
+    kind: type[LearnedSource], least: float, most: float
+) -> None:
+    torch.manual_seed(0)
+    rules = [f"when {situation} do {action}" for situation in ("late", "lost") for action in ("refund", "deny")]
+    chosen = [(i, j) for i in range(4) for j in range(4) if i < j]
+    contexts = [Context((Section("tenant", "t", (rules[i], rules[j])),)) for i, j in chosen]
+    parts = torch.randn(4, 6, 1) @ torch.randn(4, 1, 5)
+    targets = torch.stack([parts[i] + parts[j] for i, j in chosen])
+    assert fitted(ConstantAdapter({"x": (6, 5)}, 4), contexts, targets, 120) > 0.5
+    settings = Settings(rank=1 if kind is Hypernetwork else 4, shared_rank=1, width=32, layers=1)
+    assert least <= fitted(kind(Words(), {"x": (6, 5)}, settings).train(), contexts, targets, 120) < most
+
+
+@every_source
+def test_a_saved_hypernetwork_is_the_same_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    words = tokenizer("chatml")
+    base = Base(tiny("llama", vocab_size=len(words)), words, digest="mine")
+    source = perturbed(SOURCES[kind](BaseEncoder(base, (0.0, 1.0)), sites(base.model), SMALL))
+    save_hypernetwork(tmp_path / "hyper", source, base)
+    again = load_hypernetwork(tmp_path / "hyper", base)
+    assert type(again) is type(source) and again.settings == SMALL and not again.training
+    with torch.no_grad():
+        assert equal(again([LONG, SHORT]).factors, source([LONG, SHORT]).factors)
+    assert {file.name for file in (tmp_path / "hyper").iterdir()} == {"hypernetwork.json", "hypernetwork.safetensors"}
+
+
+def test_a_hypernetwork_for_another_base_or_encoder_is_refused(tmp_path: Path) -> None:
+    words = tokenizer("chatml")
+    model = tiny("llama", vocab_size=len(words))
+    base, path = Base(model, words, digest="mine"), tmp_path / "hyper"
+    source = rule_wise()
+    with pytest.raises(ModelError, match="load_base"):
+        save_hypernetwork(path, source, Base(model, words))
+    save_hypernetwork(path, source, base)
+    with pytest.raises(ModelError, match="made for base mine, got base yours"):
+        load_hypernetwork(path, Base(model, words, digest="yours"), Words())
+    with pytest.raises(ModelError, match="trained with encoder words"):
+        load_hypernetwork(path, base, BaseEncoder(base))
+    with pytest.raises(ModelError, match="pass the encoder itself"):
+        load_hypernetwork(path, base)
+    assert equal(load_hypernetwork(path, base, Words())([LONG]).factors, source([LONG]).factors)
+
+
+def test_a_damaged_hypernetwork_is_refused(tmp_path: Path) -> None:
+    words = tokenizer("chatml")
+    base, path = Base(tiny("llama", vocab_size=len(words)), words, digest="mine"), tmp_path / "hyper"
+    with pytest.raises(ModelError, match="give the directory"):
+        load_hypernetwork(path, base, Words())
+    save_hypernetwork(path, rule_wise(), base)
+    head = json.loads((path / "hypernetwork.json").read_text())
+    for change in (
+        {"schema": "engrain.hypernetwork/9"},
+        {"kind": "other"},
+        {"sites": {"m.0.x": [6, 5]}},
+        {"settings": {"rank": 1, "deep": 2}},
+    ):
+        (path / "hypernetwork.json").write_text(json.dumps(head | change))
+        with pytest.raises(ModelError, match="train again"):
+            load_hypernetwork(path, base, Words())
+    (path / "hypernetwork.json").write_text(json.dumps(head))
+    weights = path / "hypernetwork.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(ModelError, match="train again"):
+        load_hypernetwork(path, base, Words())
+
+
+def test_a_contexts_adapter_is_an_ordinary_peft_directory(tmp_path: Path) -> None:
+    adapter = rule_wise()([LONG])
+    single = Adapter(one(adapter, 0), adapter.alpha, adapter.rank)
+    save_peft(single, tmp_path / "adapter")
+    found = load_peft(tmp_path / "adapter")
+    assert equal(found.factors, single.factors) and (found.alpha, found.rank) == (adapter.alpha, 9)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ModelError, match="rank"):
+        Hypernetwork(Words(), SITES, Settings(rank=0))
+    with pytest.raises(ModelError, match="divisible"):
+        Hypernetwork(Words(), SITES, Settings(rank=1, width=30))
+    with pytest.raises(InputError, match="at least one context"):
+        rule_wise()([])
