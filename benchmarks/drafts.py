@@ -33,7 +33,7 @@ def main(
     table = Table("draft", "passes", "tokens", "tokens a CPU second", "tasks right", "tokens as without")
     plain: list[list[int]] = []
     for length in map(int, drafts.split(",")):
-        policy = agent.policy(parallel)
+        policy = agent.policy(workflow, parallel)
         policy.engine.draft = length
         began = time.process_time()
         runs = list(

@@ -146,8 +146,8 @@ def test_stack_is_a_batch_of_the_same_adapters() -> None:
     batch = stack(own)
     for site in ("x", "y"):
         for adapter, delta in zip(own, delta_weight(batch, site), strict=True):
-            alone = adapter is not None and site in adapter.factors
-            expected = delta_weight(adapter, site) if alone else torch.zeros_like(delta)
+            known = adapter is not None and site in adapter.factors
+            expected = delta_weight(adapter, site) if adapter is not None and known else torch.zeros_like(delta)
             torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="at least one"):
         stack([None])

@@ -40,7 +40,7 @@ def succeeded(trajectory: Trajectory) -> bool:
 def test_the_committed_agent_serves_each_tenant_by_its_own_rules():
     pairs = (pair(seed, "harbor", "kestrel") for seed in count())
     differing = list(islice((tasks for tasks in pairs if writes(tasks[0]) != writes(tasks[1])), 6))
-    runs = rollout(DESK, [task for tasks in differing for task in tasks], load_agent(AGENT).policy(), parallel=1)
+    runs = rollout(DESK, [task for tasks in differing for task in tasks], load_agent(AGENT).policy(DESK), parallel=1)
     done = {run.task for run in runs if succeeded(run)}
     assert sum(all(task.id in done for task in tasks) for tasks in differing) >= 5
 

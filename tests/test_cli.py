@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
+from engrain.adapter import delta_weight, load_peft
+from engrain.agent import load_agent
 from engrain.cli import invoke
+from engrain.context_files import read_context
 from engrain.trajectory import read_trajectories
 
 Capture = pytest.CaptureFixture[str]
@@ -98,12 +102,30 @@ def test_compile_run_adapter_eval(library: Path, runs: Path, tiny_base: Path, tm
     ok(capsys, "adapter", agent, "-o", tmp_path / "peft")
     assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert "already exists" in refused(capsys, "adapter", agent, "-o", tmp_path / "peft")
-    assert "hypernetwork" in refused(capsys, "adapter", agent, "-o", tmp_path / "p2", "--context", "x.md")
+    assert "lora agent" in refused(capsys, "adapter", agent, "-o", tmp_path / "p2", "--context", "x.md")
+    assert "--to hypernetwork" in refused(capsys, "run", agent, "hello", "--tenant", "x.md", "--workflow", library)
 
     evaluation = ("eval", agent, "--arms", "lora", "-n", 1, "--latency", 1, "--steps", 1, "-o", tmp_path / "report")
     report = json.loads(ok(capsys, *evaluation, "--json"))
     assert report["cells"]["lora"]["held_out"]["score"]["tasks"] == 1
     assert "held_out" in ok(capsys, *evaluation) and (tmp_path / "report" / "report.md").exists()
+
+
+def test_a_hypernetwork_serves_a_profile_in_a_file(
+    library: Path, runs: Path, tiny_base: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    agent, profile = tmp_path / "agent", tmp_path / "new.md"
+    profile.write_text("---\nname: east\n---\n- lend nothing on Sundays\n- lend for 9 days\n")
+    compile_ = ("compile", library, "-o", agent, "--data", runs, "--base", tiny_base, "--to", "hypernetwork")
+    ok(capsys, *compile_, "--tokens", 3000, "--rank", 2)
+    ok(capsys, "run", agent, "Please lend me a book", "--tenant", profile, "--workflow", library)
+    assert "rank 4 adapter" in ok(capsys, "adapter", agent, "--context", profile, "-o", tmp_path / "peft")
+    assert "rank 3 adapter" in ok(capsys, "adapter", agent, "--context", profile, "-o", tmp_path / "p3", "--rank", 3)
+    assert "give --context" in refused(capsys, "adapter", agent, "-o", tmp_path / "p4")
+    made = load_agent(agent)
+    exported, own = load_peft(tmp_path / "peft"), made.adapters(made.load_base())(read_context(profile))
+    for site in own.factors:
+        assert torch.equal(delta_weight(exported, site), delta_weight(own, site))
 
 
 def test_base_show(tiny_base: Path, capsys: Capture) -> None:
@@ -186,7 +208,6 @@ def test_bad_files(library: Path, runs: Path, tiny_base: Path, agent: Path, tmp_
     assert "unknown split" in refused(capsys, "run", agent, "--sample", 1, "--split", "nowhere")
     assert "--workflow" in refused(capsys, "run", agent, "hello", "--workflow", tmp_path / "gone")
     assert "unknown arm" in refused(capsys, "eval", agent, "--arms", "magic", "-o", tmp_path / "report")
-    assert "not available yet" in refused(capsys, *compile_, "--to", "hypernetwork")
     assert "URL" in refused(capsys, "record", library, "-o", tmp_path / "r.jsonl", "--teacher", "socrates")
     assert "--model" in refused(
         capsys, "record", library, "-o", tmp_path / "r.jsonl", "--teacher", "http://localhost:1"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from engrain.adapter import delta_weight
 from engrain.agent import MANIFEST, find_base, load_agent
 from engrain.compile import CompileConfig, compile_workflow
+from engrain.context import Section
 from engrain.errors import InputError, ModelError, WorkflowError
-from engrain.rollout import rollout
+from engrain.rollout import Budget, rollout
 from engrain.source import compiled_form
-from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories
+from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories, write_trajectories
 from engrain.work import work_directory
 from engrain.workflow import load_workflow
 
@@ -35,7 +38,7 @@ def test_agent_is_whole_and_says_what_it_is(agent: Path, tiny_base: Path) -> Non
 def test_agent_runs_without_instructions(agent: Path, library: Path) -> None:
     workflow = load_workflow(library)
     tasks = [next(workflow.tasks("held_out", 1))]
-    [trajectory] = rollout(workflow, tasks, load_agent(agent).policy(parallel=1), parallel=1)
+    [trajectory] = rollout(workflow, tasks, load_agent(agent).policy(workflow, parallel=1), parallel=1)
     system, *_, last = trajectory.messages
     assert workflow.procedure not in system.content and trajectory.tools == "[]"
     assert last.token_ids or trajectory.outcome is not None
@@ -63,6 +66,38 @@ def test_full_fine_tuning_makes_a_model_and_no_adapter(
     assert loaded.manifest.kind == "full" and not (out / "adapter").exists()
     assert find_base(out, loaded.manifest.base) == out / "base"
     assert loaded.load().digest != loaded.load_base().digest == loaded.manifest.base.digest
+
+
+def test_a_hypernetwork_makes_an_adapter_for_a_tenant_that_was_not_trained(
+    library: Path, runs: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "hyper"
+    config = CompileConfig(tokens=6000, to="hypernetwork", rank=2, batch_tokens=1024)
+    compile_workflow(library, out, config, data=runs, base=tiny_base)
+    agent, workflow = load_agent(out), load_workflow(library)
+    assert agent.manifest.kind == "hypernetwork" and not (out / "adapter").exists()
+    base = agent.load_base()
+    adapters = agent.adapters(base)
+    south = workflow.context("south")
+    edited = south.replacing(south.rules[0], "lend nothing on Sundays")
+    one, other = adapters(south), adapters(edited)
+    assert one is adapters(workflow.context("south")) is not other
+    terms = [delta_weight(each, "model.layers.0.self_attn.q_proj") for each in (one, other)]
+    assert terms[0].any() and not torch.equal(*terms)  # it was trained, and it reads the rules
+
+    new = workflow.with_tenant(Section("tenant", "east", ("lend nothing on Sundays",)))
+    tasks = [task.model_copy(update={"tenant": "east"}) for task in islice(workflow.tasks("held_out", 1), 2)]
+    done = list(rollout(new, tasks, agent.policy(new), parallel=2, budget=Budget(steps=2)))
+    assert all(message.token_ids for run in done for message in run.messages if message.role == "assistant")
+    with pytest.raises(InputError, match="only for a context"):
+        agent.load()
+
+
+def test_a_hypernetwork_of_one_tenant_is_refused(library: Path, runs: Path, tiny_base: Path, tmp_path: Path) -> None:
+    north = tmp_path / "north.jsonl"
+    write_trajectories(north, [one for one in read_trajectories(runs) if one.tenant == "north"])
+    with pytest.raises(InputError, match="2 tenants"):
+        compile_workflow(library, tmp_path / "out", CompileConfig(to="hypernetwork"), data=north, base=tiny_base)
 
 
 def test_without_data_the_teacher_records(library: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -228,8 +263,8 @@ def test_wrong_data_are_named(library: Path, runs: Path, tiny_base: Path, tmp_pa
         compile_workflow(library, tmp_path / "agent2", SMALL, data=foreign, base=tiny_base)
     with pytest.raises(WorkflowError, match="engrain new"):
         compile_workflow(tmp_path / "nowhere", tmp_path / "agent3", SMALL, base=tiny_base)
-    with pytest.raises(InputError, match="cannot compile to 'hypernetwork'"):
-        CompileConfig(to="hypernetwork")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="cannot compile to 'gguf'"):
+        CompileConfig(to="gguf")  # pyright: ignore[reportArgumentType]
 
 
 def test_overlong_rows_are_counted_and_never_cut(library: Path, runs: Path, tiny_base: Path, tmp_path: Path) -> None:

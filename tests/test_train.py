@@ -134,6 +134,28 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it itself
+def test_compiled_layers_train_the_same_and_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that needs no C++ compiler; what probes see is not compiled."""
+    compile_ = torch.nn.Module.compile
+    made, looks = [], []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: (made.append(self), compile_(self, backend="aot_eager", **how))
+    )
+    ends = []
+    for compiled in (False, True):
+        ours = base()
+        config = replace(CONFIG, tokens=1500, compiled=compiled, threads=1, probe_every_steps=1)
+        probe = lambda step, model: looks.append(torch.compiler.is_compiling()) or {}  # noqa: E731
+        train(ours, None, random_rows(40), config, tmp_path / str(compiled), probe=probe)
+        ends.append(weights(ours.model))
+        assert all(module._compiled_call_impl is None for module in ours.model.modules())
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-4, rtol=1e-3)
+    assert len(made) == 2 and looks and not any(looks)
+    with pytest.raises(InputError, match="compiled"):
+        train(base(), ConstantAdapter(sites(base().model), 2), random_rows(9), replace(CONFIG, compiled=True), tmp_path)
+
+
 def test_batches_and_accumulation_and_threads_give_the_same_steps(tmp_path: Path) -> None:
     """One batch of 400 tokens, two of 200, or shares of two threads: the same gradients up to rounding."""
     rows = [Row([(s + 5 * i) % 64 for i in range(20)], [False] * 10 + [True] * 10) for s in range(40)]

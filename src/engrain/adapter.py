@@ -142,6 +142,15 @@ def stack(adapters: Sequence[Adapter | None]) -> Adapter:
     return Adapter(factors, strength * rank, rank)
 
 
+def unstack(adapters: Adapter) -> list[Adapter]:
+    """The adapters of a batch."""
+    (count,) = {a.shape[0] for a, _ in adapters.factors.values()}
+    return [
+        replace(adapters, factors={site: Factors(a[n], b[n]) for site, (a, b) in adapters.factors.items()})
+        for n in range(count)
+    ]
+
+
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     """The closest adapter of `rank` (QR of both factors, SVD of the small core) and the share of energy lost.
 

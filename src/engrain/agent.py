@@ -2,7 +2,8 @@
 
     engrain.json      the manifest: what it was made from, by digest
     adapter/          a PEFT adapter (kind `lora`), or
-    model/            the whole model (kind `full`)
+    model/            the whole model (kind `full`), or
+    hypernetwork/     what makes an adapter for a tenant's rules (kind `hypernetwork`)
     base/             the base it belongs to, with `--with-base`; else the manifest names it by digest and path
     tokenizer/        with the chat template
     tools.json        the schemas that calls are constrained to
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engrain.errors import ModelError, RenderError
+from engrain.errors import InputError, ModelError, RenderError
 from engrain.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from engrain.adapter import Adapter
+    from engrain.context import Context
     from engrain.engine import CompiledPolicy
     from engrain.model import Base
+    from engrain.policy import Episode
     from engrain.renderer import Renderer
     from engrain.workflow import Workflow
 
@@ -39,6 +44,9 @@ FORMAT = "engrain.agent/1"
 MANIFEST = "engrain.json"
 GOLDEN = "golden.jsonl"
 TOOLS = "tools.json"
+HYPERNETWORK = "hypernetwork"
+MOST_ADAPTERS = 256
+"""Kept in memory, those used last."""
 BUNDLED = Path(__file__).parent / "base"
 LONGEST_CONTEXT = 32768
 
@@ -72,7 +80,7 @@ class DataSummary(Part):
 class Manifest(Part):
     format: Literal["engrain.agent/1"] = FORMAT
     engrain: str
-    kind: Literal["lora", "full"]
+    kind: Literal["lora", "full", "hypernetwork"]
     workflow: str
     source: str
     """The workflow, or the trajectories, that it was compiled from, seen from the agent's directory."""
@@ -123,19 +131,60 @@ class Agent:
         return base
 
     def load(self) -> Base:
-        """The compiled model: the base with the adapter merged, or the fully trained model."""
+        """The compiled model: the base with the adapter merged, or the fully trained model.
+
+        Raises `InputError` for a hypernetwork, which makes another model for each context.
+        """
         from engrain.adapter import load_peft, merge
         from engrain.model import load_base
 
+        if self.manifest.kind == "hypernetwork":
+            raise InputError(f"{self.path} is a hypernetwork and has a model only for a context; give a tenant")
         if self.manifest.kind == "full":
             return load_base(self.path / "model")
         base = self.load_base()
         merge(base.model, load_peft(self.path / "adapter"))
         return base
 
-    def policy(self, parallel: int = 16, *, compiled: bool = True) -> CompiledPolicy:
-        """The agent, or with `compiled=False` the bare base, as a policy for so many episodes at a time."""
-        return as_policy((self.load() if compiled else self.load_base()).model, self.renderer, parallel)
+    def policy(self, workflow: Workflow, parallel: int = 16, *, compiled: bool = True) -> CompiledPolicy:
+        """The agent, or with `compiled=False` the bare base, as a policy for so many episodes at a time.
+
+        The workflow tells a hypernetwork its tenants' rules; it may have tenants that training never saw.
+        """
+        if not compiled or self.manifest.kind == "hypernetwork":
+            base = self.load_base()
+            adapters = self.adapters(base) if compiled else None
+            own = (lambda episode: adapters(workflow.context(episode.task.tenant))) if adapters else no_adapter
+            return as_policy(base.model, self.renderer, parallel, own)
+        return as_policy(self.load().model, self.renderer, parallel)
+
+    def adapters(self, base: Base) -> Callable[[Context], Adapter]:
+        """A context's adapter, for the base as `load_base` gave it; the same object for the same context.
+
+        Raises `InputError` if the agent has no hypernetwork.
+        """
+        import torch
+
+        from engrain.adapter import unstack
+        from engrain.hypernetwork import load_hypernetwork
+
+        if self.manifest.kind != "hypernetwork":
+            raise InputError(f"{self.path} is a {self.manifest.kind} agent and knows only the tenants that it was "
+                             "compiled with; compile with --to hypernetwork")  # fmt: skip
+        source = load_hypernetwork(self.path / HYPERNETWORK, base)
+        made: OrderedDict[str, Adapter] = OrderedDict()
+
+        def adapter_of(context: Context) -> Adapter:
+            digest = context.digest()
+            if digest not in made:
+                with torch.no_grad():
+                    (made[digest],) = unstack(source([context]))
+                if len(made) > MOST_ADAPTERS:
+                    made.popitem(last=False)
+            made.move_to_end(digest)
+            return made[digest]
+
+        return adapter_of
 
     def digest(self) -> str:
         """Names exactly this agent: the manifest holds the digest of everything else."""
@@ -151,12 +200,22 @@ class Agent:
             )
 
 
-def as_policy(model: PreTrainedModel, renderer: Renderer, parallel: int = 16) -> CompiledPolicy:
+def no_adapter(episode: Episode) -> None:
+    """For a model that is used as it is."""
+
+
+def as_policy(
+    model: PreTrainedModel,
+    renderer: Renderer,
+    parallel: int = 16,
+    adapter_of: Callable[[Episode], Adapter | None] = no_adapter,
+) -> CompiledPolicy:
     """A model as a policy for so many episodes at a time: greedy, with calls constrained to the tools' schemas."""
     from engrain.engine import CompiledPolicy, Engine
 
     longest = min(LONGEST_CONTEXT, getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT))
-    return CompiledPolicy(Engine(model, renderer, renderer.tokenizer, parallel=parallel, max_context=longest))
+    engine = Engine(model, renderer, renderer.tokenizer, parallel=parallel, max_context=longest)
+    return CompiledPolicy(engine, adapter_of=adapter_of)
 
 
 def load_agent(path: Path | str) -> Agent:

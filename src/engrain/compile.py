@@ -25,6 +25,7 @@ import engrain
 from engrain.agent import (
     BUNDLED,
     GOLDEN,
+    HYPERNETWORK,
     MANIFEST,
     TOOLS,
     Agent,
@@ -49,15 +50,18 @@ from engrain.trajectory import Trajectory, read_trajectories
 from engrain.work import Work, work_directory
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from engrain.adapter import ConstantAdapter
+    from engrain.hypernetwork import Hypernetwork
     from engrain.model import Base
     from engrain.train import TrainResult
 
 
 PROBE = 64
 """Runs recorded first, to learn how many are needed."""
+FEWEST_TENANTS = 2
+"""A hypernetwork that reads always the same context learns to ignore it."""
+Target = Literal["lora", "full", "hypernetwork"]
+LEARNING_RATES: dict[Target, float] = {"lora": 2e-3, "full": 5e-4, "hypernetwork": 1e-3}
 Say = Callable[[str], None]
 OnRecord = Callable[[RecordReport], None]
 
@@ -68,10 +72,11 @@ class CompileConfig:
 
     tokens: int = 10_000_000
     """Tokens to train on."""
-    to: Literal["lora", "full"] = "lora"
+    to: Target = "lora"
     rank: int = 32
+    """Of the adapter; of a hypernetwork's shared term, beside which each rule of a context has a term of rank 1."""
     lr: float | None = None
-    """Learning rate; by default 2e-3 for LoRA and 5e-4 for full fine-tuning."""
+    """Learning rate; by default 2e-3 for LoRA, 5e-4 for full fine-tuning and 1e-3 for a hypernetwork."""
     longest: int = 8192
     """Longer rows are left out and counted."""
     batch_tokens: int | None = None
@@ -82,16 +87,15 @@ class CompileConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.to not in ("lora", "full"):
-            later = "; the hypernetwork comes in a later version" if self.to == "hypernetwork" else ""
-            raise InputError(f"cannot compile to {self.to!r}: expected lora or full{later}")
+        if self.to not in LEARNING_RATES:
+            raise InputError(f"cannot compile to {self.to!r}: expected {', '.join(LEARNING_RATES)}")
         for name in ("tokens", "rank", "longest", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"expected {name} of at least 1, got {value}")
 
     @property
     def learning_rate(self) -> float:
-        return self.lr if self.lr is not None else {"lora": 2e-3, "full": 5e-4}[self.to]
+        return self.lr if self.lr is not None else LEARNING_RATES[self.to]
 
     @property
     def step_tokens(self) -> int:
@@ -118,7 +122,7 @@ class Compiled:
     base: Base
     base_path: Path
     renderer: Renderer
-    adapter: ConstantAdapter | None
+    adapter: ConstantAdapter | Hypernetwork | None
     """None after full fine-tuning, which changes the base's own weights."""
     dataset: Dataset
     result: TrainResult
@@ -198,10 +202,19 @@ def _record(
 
 def _render(source: Source, trajectories: Sequence[Trajectory], renderer: Renderer, config: CompileConfig) -> Dataset:
     compiled = [compiled_form(one, source.workflow, keep_tools=config.keep_tools) for one in trajectories]
-    rows, rejected = render_dataset(renderer, compiled, max_tokens=config.longest)
+    workflow = source.workflow
+    if config.to == "hypernetwork":
+        if workflow is None or len({one.tenant for one in compiled}) < FEWEST_TENANTS:
+            raise InputError(f"a hypernetwork needs runs of a workflow with {FEWEST_TENANTS} tenants or more, since it "
+                             "learns from how their rules differ; compile to lora instead")  # fmt: skip
+        rows, rejected = render_dataset(
+            renderer, compiled, max_tokens=config.longest, context_of=lambda one: workflow.context(one.tenant)
+        )
+    else:
+        rows, rejected = render_dataset(renderer, compiled, max_tokens=config.longest)
     if not rows:
         raise RenderError(f"no row of at most {config.longest} tokens is left ({dict(rejected)}); raise --longest")
-    offered = [source.workflow.schemas("full")] if source.workflow else dict.fromkeys(one.tools for one in trajectories)
+    offered = [workflow.schemas("full")] if workflow else dict.fromkeys(one.tools for one in trajectories)
     schemas = {tool_digest(schema): schema for text in offered for schema in json.loads(text)}
     digest = hashlib.sha256("\n".join(content_digest(trajectory) for trajectory in compiled).encode()).hexdigest()
     summary = DataSummary(
@@ -227,26 +240,31 @@ def _load_base(path: Path) -> Base:
 
 def _train(
     base: Base, rows: Sequence[Row], config: CompileConfig, work: Work
-) -> tuple[ConstantAdapter | None, TrainResult]:
+) -> tuple[ConstantAdapter | Hypernetwork | None, TrainResult]:
     import torch
 
     from engrain.adapter import ConstantAdapter
+    from engrain.encoder import BaseEncoder, Cached
+    from engrain.hypernetwork import Hypernetwork, Settings
     from engrain.model import sites
     from engrain.train import TrainConfig, train
 
-    source: nn.Module | None = None
-    if config.to == "lora":
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+    source: ConstantAdapter | Hypernetwork | None = None
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if config.to == "lora":
             source = ConstantAdapter(sites(base.model), config.rank)
-    settings = TrainConfig(
+        elif config.to == "hypernetwork":
+            settings = Settings(rank=1, shared_rank=config.rank)
+            source = Hypernetwork(Cached(BaseEncoder(base)), sites(base.model), settings)
+    training = TrainConfig(
         tokens=config.tokens,
         batch_tokens=config.step_tokens,
         accumulate=1,
         lr=config.learning_rate,
         seed=config.seed,
     )
-    result = train(base, source, rows, settings, work.claim() / "train")
+    result = train(base, source, rows, training, work.claim() / "train")
     return source, result
 
 
@@ -261,10 +279,13 @@ def _check_target(out: Path) -> None:
 
 def _save(out: Path, made: Compiled, seconds: float, with_base: bool) -> None:
     from engrain.adapter import save_peft
+    from engrain.hypernetwork import Hypernetwork, save_hypernetwork
     from engrain.model import save_base
 
     with replacing_directory(out) as aside:
-        if made.adapter is not None:
+        if isinstance(made.adapter, Hypernetwork):
+            save_hypernetwork(aside / HYPERNETWORK, made.adapter, made.base)
+        elif made.adapter is not None:
             save_peft(made.adapter(()).detach(), aside / "adapter", made.base_place)
         else:
             save_base(made.base, aside / "model")

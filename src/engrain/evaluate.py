@@ -30,7 +30,7 @@ from engrain.workflow import Instructions, Workflow
 SETTINGS = "settings.json"
 REPORT = "report.json"
 TABLE = "report.md"
-ARMS = ("base", "prompt", "lora", "full")
+ARMS = ("base", "prompt", "lora", "full", "hypernetwork")
 Progress = Callable[[str, str, int, int], None]
 """(arm, split, tasks done, tasks in all)"""
 
@@ -155,7 +155,7 @@ def default_arms(agent: Agent, full: Agent | None) -> list[str]:
 def _arm(name: str, instructions: Instructions, agent: Agent, workflow: Workflow, *, compiled: bool) -> Arm:
     agent.check_workflow(workflow)
     digest = agent.digest() if compiled else agent.manifest.base.digest
-    return Arm(name, instructions, digest, partial(agent.policy, compiled=compiled))
+    return Arm(name, instructions, digest, partial(agent.policy, workflow, compiled=compiled))
 
 
 def evaluate(

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 UNEVEN = 1.14
 """A share with more than so many times its equal part of the tokens keeps the others waiting: threads are faster."""
+NEVER = float("inf")
+"""For compiled layers: other threads need other code, and one process is fast enough alone."""
 
 Loss = Callable[[Packed], AbstractContextManager[tuple[Tensor, int]]]
 """The summed loss of a packed batch and the number of its terms; backward runs inside."""
@@ -52,8 +54,9 @@ Work = Callable[[Sequence["Row"], threading.Event], Sum | None]
 class Gradients:
     """`work` done by `workers` processes, this one among them; they live while it is open."""
 
-    def __init__(self, work: Work, like: Sequence[Tensor], workers: int, threads: int) -> None:
+    def __init__(self, work: Work, like: Sequence[Tensor], workers: int, threads: int, uneven: float = UNEVEN) -> None:
         self._work, self._like, self._workers, self._threads = work, like, workers, threads
+        self._uneven = uneven
         self._before = threads
         self._helpers: list[_Helper] = []
 
@@ -75,7 +78,7 @@ class Gradients:
         """One a process, or all rows for this one; sets its threads."""
         shares = share_rows(rows, self._workers)
         tokens = [sum(len(row.ids) for row in share) for share in shares]
-        together = max(tokens) * self._workers > UNEVEN * sum(tokens)
+        together = max(tokens) * self._workers > self._uneven * sum(tokens)
         torch.set_num_threads(self._threads if together else max(1, self._threads // self._workers))
         return [rows] if together else shares
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from engrain.adapter import Adapter, ConstantAdapter, Factors
 from engrain.context import Context, Rule
-from engrain.encoder import Encoder, Features, open_encoder, padded
+from engrain.encoder import Cached, Encoder, Features, open_encoder, padded
 from engrain.errors import InputError, ModelError
 from engrain.files import replacing_directory
 from engrain.layers import KINDS, Heads, Reader, SiteLatents, residual_mlp
@@ -291,7 +291,7 @@ def load_hypernetwork(path: Path, base: Base, encoder: Encoder | None = None) ->
                 f"{path}: made for base {head['base']:.12}, got base {base.digest or 'without digest':.12}; "
                 "load the base that it was trained on, or train a hypernetwork for this one"
             )
-        encoder = encoder or open_encoder(head["encoder"]["settings"], base)
+        encoder = encoder or Cached(open_encoder(head["encoder"]["settings"], base))
         if head["encoder"]["digest"] != encoder.digest:
             raise ModelError(
                 f"{path}: trained with encoder {head['encoder']['digest']:.12}, got {encoder.digest:.12}; "

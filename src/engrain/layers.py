@@ -103,7 +103,11 @@ class SiteLatents(nn.Module):
 
 
 class Heads(nn.Module):
-    """Latents to factors: one pair of heads for each distinct shape, one learned scale for each site."""
+    """Latents to factors: one pair of heads for each distinct shape, one learned scale for each site.
+
+    Outputs are scaled so that one step of Adam at the learning rates of LoRA moves a factor about as much as it moves a
+    LoRA's: a latent of width w adds up w such steps.
+    """
 
     def __init__(self, sites: Mapping[str, tuple[int, int]], width: int, rank: int) -> None:
         super().__init__()
@@ -114,6 +118,8 @@ class Heads(nn.Module):
         self.a = nn.ModuleDict({_key(shape): nn.Linear(width, rank * shape[0], bias=False) for shape in shapes})
         self.b = nn.ModuleDict({_key(shape): nn.Linear(width, shape[1] * rank, bias=False) for shape in shapes})
         self.scale = nn.Parameter(torch.ones(len(sites)))
+        for head in self.a.parameters():
+            nn.init.normal_(head, std=3**-0.5)  # PEFT's a is uniform up to d_in^-0.5
         for head in self.b.parameters():
             nn.init.zeros_(head)
         numbered = list(enumerate(sites.items()))
@@ -124,8 +130,10 @@ class Heads(nn.Module):
         for shape, members in self._members.items():
             numbers = [i for i, _ in members]
             chosen = latents[:, numbers]
-            a = self.a[_key(shape)](chosen).unflatten(-1, (self.rank, shape[0])) * shape[0] ** -0.5
-            b = self.b[_key(shape)](chosen).unflatten(-1, (shape[1], self.rank)) * self.scale[numbers, None, None]
+            width = latents.shape[-1]
+            a = self.a[_key(shape)](chosen).unflatten(-1, (self.rank, shape[0])) * (width * shape[0]) ** -0.5
+            b = self.b[_key(shape)](chosen).unflatten(-1, (shape[1], self.rank)) / width
+            b = b * self.scale[numbers, None, None]
             factors |= {site: Factors(a[:, n], b[:, n]) for n, (_, site) in enumerate(members)}
         return {site: factors[site] for site in self.sites}
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from engrain.batch import Packed
 from engrain.checkpoint import Checkpoint
 from engrain.errors import InputError
-from engrain.gradients import Gradients, Sum, accumulate, keep_freed_memory, shared
+from engrain.gradients import NEVER, UNEVEN, Gradients, Sum, accumulate, keep_freed_memory, shared
 from engrain.hypernetwork import LearnedSource
 from engrain.model import PACKED, Base, adapted, attention
 from engrain.objective import Objective
@@ -62,7 +62,7 @@ class TrainConfig:
     compiled: bool = False
     """Decoder layers through `torch.compile`, which rounds otherwise; for the base's own weights only.
 
-    On CPU it needs a C++ compiler and half a minute, then saves a fifth of a step.
+    On CPU it needs a C++ compiler and a minute, then saves a fifth of a step.
     """
     checkpoint_every_s: float = 120.0
     checkpoint_every_steps: int | None = None
@@ -114,6 +114,8 @@ class Learner:
         )
         self.device = self.accelerator.device
         self.model, self.source, self.config, self.objective = base.model, source, config, objective
+        if source is not None and config.compiled:
+            raise InputError("compiled layers cannot change their adapter at each step; train with compiled=False")
         self.model.to(self.device)  # type: ignore[arg-type]
         module = base.model
         if source is not None:
@@ -135,7 +137,8 @@ class Learner:
         for parameter in self.trained.values() if workers > 1 else ():
             parameter.data = shared(parameter.data)
         self.pass_tokens = math.ceil(config.batch_tokens / workers)
-        self.gradients = Gradients(self._gradients, list(self.trained.values()), workers, threads)
+        uneven = NEVER if config.compiled else UNEVEN
+        self.gradients = Gradients(self._gradients, list(self.trained.values()), workers, threads, uneven)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def step(self, rows: Sequence[Row], lr: float, stopping: threading.Event) -> tuple[float, float] | None:

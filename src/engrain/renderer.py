@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -256,8 +256,9 @@ class Renderer:
         return normal(reasoning), normal(message.content.strip()), calls
 
 
-def render_dataset(renderer: Renderer, trajectories: Iterable[Trajectory], *, max_tokens: int,
-                   strict: bool = True) -> tuple[list[Row], Rejected]:  # fmt: skip
+def render_dataset(renderer: Renderer, trajectories: Iterable[Trajectory], *, max_tokens: int, strict: bool = True,
+                   context_of: Callable[[Trajectory], Context | None] = lambda trajectory: None,
+                   ) -> tuple[list[Row], Rejected]:  # fmt: skip
     """All rows of at most `max_tokens`, and how many were left out why: rows are `overlong`, never truncated.
 
     A trajectory that cannot be rendered raises `RenderError`; if not `strict`, it is counted under the error's reason.
@@ -274,5 +275,6 @@ def render_dataset(renderer: Renderer, trajectories: Iterable[Trajectory], *, ma
             continue
         kept = [row for row in made if len(row.ids) <= max_tokens]
         rejected.update({"overlong": len(made) - len(kept)} if len(kept) < len(made) else {})
-        rows += kept
+        context = context_of(trajectory)
+        rows += kept if context is None else [replace(row, context=context) for row in kept]
     return rows, rejected

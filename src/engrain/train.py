@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from engrain.batch import pack
 from engrain.checkpoint import latest_checkpoint, save_checkpoint
 from engrain.errors import InputError
+from engrain.hypernetwork import LearnedSource
 from engrain.learner import Learner, Position, Probe, TrainConfig
 from engrain.metrics import Metrics
 from engrain.model import Base
@@ -136,6 +137,8 @@ def _digest(
     shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     known = {} if source is None else vars(source)
     numbers = {name: value for name, value in known.items() if type(value) in (int, float)}
+    if isinstance(source, LearnedSource):
+        numbers |= {**asdict(source.settings), "encoder": source.encoder.digest}
     total = hashlib.sha256(repr((base.digest, type(source).__name__, numbers, shapes, settings)).encode())
     for row in rows:
         context = row.context.digest() if row.context is not None else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from enum import StrEnum
 from itertools import islice
@@ -16,6 +15,7 @@ from engrain.cli.sources import Interrupted, Json
 from engrain.errors import InputError
 
 if TYPE_CHECKING:
+    from engrain.agent import Agent
     from engrain.task import Task
     from engrain.workflow import Workflow
 
@@ -48,9 +48,6 @@ def compile_(
 ) -> None:
     """Compile a workflow into weights. Interrupted, the same command goes on."""
     from engrain.cli import terminal
-
-    if to is Target.hypernetwork:
-        raise InputError("--to hypernetwork is not available yet: this version compiles to lora or full")
     from engrain.compile import CompileConfig, compile_workflow
     from engrain.work import work_directory
 
@@ -85,7 +82,7 @@ def compile_(
 def run(
     agent: AgentPath,
     request: Annotated[str | None, typer.Argument(help="What you ask, in words.")] = None,
-    tenant: Annotated[str, typer.Option(help="Whose rules apply.")] = "",
+    tenant: Annotated[str, typer.Option(help="Whose rules apply; or NEW.md, for a hypernetwork.")] = "",
     task: Annotated[Path | None, typer.Option(help="Tasks to run, .jsonl, in place of a request.")] = None,
     sample: Annotated[int, typer.Option(help="Run so many tasks that the workflow makes itself.", min=0)] = 0,
     split: Annotated[str, typer.Option(help="Of which split to sample.")] = "held_out",
@@ -106,12 +103,14 @@ def run(
     source = attached(agent / loaded.manifest.source, workflow)
     loaded.check_workflow(source)
     terminal.quiet()
+    if tenant.endswith(".md"):
+        source, tenant = _with_profile(source, Path(tenant), loaded)
     tasks = list(_tasks(source, request, tenant, task, sample, split, seed))
     done = []
     for trajectory in rollout(
         source,
         tasks,
-        loaded.policy(parallel=1),
+        loaded.policy(source, parallel=1),
         parallel=1,
         on_step=None if json else lambda trajectory, message: terminal.print_step(message),
     ):
@@ -122,6 +121,17 @@ def run(
         write_trajectories(trace, done)
     if json:
         terminal.print_json([trajectory.model_dump(mode="json", exclude_defaults=True) for trajectory in done])
+
+
+def _with_profile(workflow: Workflow, profile: Path, agent: Agent) -> tuple[Workflow, str]:
+    """The workflow with a tenant whose rules are in a file, and the tenant's name."""
+    from engrain.context_files import read_section
+
+    if agent.manifest.kind != "hypernetwork":
+        raise InputError(f"{agent.path} is a {agent.manifest.kind} agent and knows only the tenants that it was "
+                         f"compiled with; to run {profile}, compile with --to hypernetwork")  # fmt: skip
+    section = read_section(profile)
+    return workflow.with_tenant(section), section.name
 
 
 def attached(source: Path, workflow: Path | None) -> Workflow:
@@ -153,19 +163,32 @@ def _tasks(
 def adapter(
     agent: AgentPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT directory to make.")],
-    context: Annotated[Path | None, typer.Option(help="A tenant's profile; needs a hypernetwork.")] = None,
+    context: Annotated[Path | None, typer.Option(help="What a hypernetwork makes the adapter for: rules, .md.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Compress to this rank, as vLLM may need.", min=1)] = None,
 ) -> None:
     """Export the adapter as a directory that PEFT and vLLM load."""
+    from engrain.adapter import compress, load_peft, save_peft
     from engrain.agent import load_agent
-    from engrain.files import replacing_directory
+    from engrain.cli import terminal
+    from engrain.context_files import read_context
 
     loaded = load_agent(agent)
-    if context is not None:
-        raise InputError("--context needs a hypernetwork, which this version cannot compile yet; leave it out")
-    if loaded.manifest.kind != "lora":
-        raise InputError(f"{agent} is a {loaded.manifest.kind} agent and has no adapter; compile with --to lora")
+    kind = loaded.manifest.kind
+    if kind == "full":
+        raise InputError(f"{agent} is a full agent and has no adapter; compile with --to lora")
+    if (context is None) != (kind == "lora"):
+        fix = "give --context FILE" if kind == "hypernetwork" else "leave --context out: it has one adapter for all"
+        raise InputError(f"{agent} is a {kind} agent; {fix}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} already exists and is not empty; choose another name")
-    with replacing_directory(output) as made:
-        shutil.copytree(agent / "adapter", made, dirs_exist_ok=True)
-    typer.echo(f"{output}: rank {loaded.manifest.config['rank']} adapter for {loaded.manifest.base.name}")
+    terminal.quiet()
+    if context is None:
+        made = load_peft(agent / "adapter")
+    else:
+        made = loaded.adapters(loaded.load_base())(read_context(context))
+    lost = ""
+    if rank is not None:
+        made, share = compress(made, rank)
+        lost = f", {100 * share:.2g}% of its energy lost"
+    save_peft(made, output, str(loaded.base_path.resolve()))
+    typer.echo(f"{output}: rank {made.rank} adapter for {loaded.manifest.base.name}{lost}")
