@@ -1,0 +1,74 @@
+"""Which rule did it: the one whose term makes the action likely, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+from transformers import PreTrainedTokenizerBase
+
+from engrain.context import Context, Rule, Section
+from engrain.encoder import Features, padded
+from engrain.errors import InputError
+from engrain.explain import rule_effects
+from engrain.hypernetwork import Hypernetwork, Settings
+from engrain.learner import TrainConfig
+from engrain.model import Base, sites
+from engrain.renderer import Row
+from engrain.train import train
+
+LAST = [False, False, True]
+
+
+class Words:
+    """A fixed random vector for each word."""
+
+    width, digest = 16, "words"
+    settings: Mapping[str, Any] = {}
+
+    def __call__(self, rules: Sequence[Rule]) -> Features:
+        return padded([torch.stack([self._vector(word) for word in rule.text.split()]) for rule in rules], self.width)
+
+    def _vector(self, word: str) -> torch.Tensor:
+        return torch.randn(self.width, generator=torch.Generator().manual_seed(sum(map(ord, word))))
+
+
+def context(*rules: str) -> Context:
+    return Context((Section("tenant", "a", rules),))
+
+
+def rows() -> list[Row]:
+    """After token 30 + s comes 40 + a where a rule says `s a`."""
+    made = []
+    for first in range(4):
+        for second in range(4):
+            one = context(f"x {first}", f"y {second}")
+            made += [Row([5, asked, answer], LAST, one) for asked, answer in ((30, 40 + first), (31, 50 + second))]
+    return made
+
+
+def test_the_rule_that_an_action_follows_has_the_largest_effect(tmp_path: Path) -> None:
+    base = Base(tiny("llama"), PreTrainedTokenizerBase(), "tiny")
+    torch.manual_seed(0)
+    source = Hypernetwork(Words(), sites(base.model), Settings(rank=1, shared_rank=4, width=32, layers=1))
+    config = TrainConfig(tokens=20_000, batch_tokens=96, lr=1e-2, threads=1, precision="fp32")
+    result = train(base, source, rows(), config, tmp_path)
+    assert result.loss < 0.3
+    told = context("x 2", "y 1")
+    for row, rule in ((Row([5, 30, 42], LAST), "x 2"), (Row([5, 31, 51], LAST), "y 1")):
+        effects = rule_effects(base, source, told, row)
+        assert next(iter(effects)).text == rule and effects[Rule("tenant", rule)] > 0.3
+        assert effects == rule_effects(base, source.eval(), told, replace(row, context=told))
+
+
+def test_nothing_to_explain_is_refused() -> None:
+    base = Base(tiny("llama"), PreTrainedTokenizerBase(), "tiny")
+    source = Hypernetwork(Words(), sites(base.model))
+    for row, told in ((Row([1, 2], [True, False]), context("x")), (Row([1, 2], [False, True]), Context())):
+        with pytest.raises(InputError, match="masked action"):
+            rule_effects(base, source, told, row)
