@@ -62,9 +62,17 @@ class Desk:
 
 
 def drills(
-    seed: int, count: int, english: English = NONE, families: Sequence[str] = TRAINED, only: str = ""
+    seed: int,
+    count: int,
+    english: English = NONE,
+    families: Sequence[str] = TRAINED,
+    only: str = "",
+    ruled: tuple[int, int] = KINDS,
 ) -> Iterator[Trajectory]:
-    """`count` drills, or so many of `only` one kind; the same for the same seed."""
+    """`count` drills, or so many of `only` one kind; the same for the same seed.
+
+    Drills in rules are of worlds with so many kinds of request (from, to), and fewer have fewer rules.
+    """
     rng = random.Random(f"drills/{seed}")
 
     def desk(size: tuple[int, int], share: float = DISGUISED) -> Desk:
@@ -79,7 +87,7 @@ def drills(
         "decide": (4, lambda: decide(desk((1, 4)))),
         "route": (5, lambda: route(desk(KINDS, ROUTED_IN_OTHER_WORDS))),
         "steps": (1, lambda: steps(desk((2, 6)))),
-        "rules": (2, lambda: rules(desk(KINDS))),
+        "rules": (2, lambda: rules(desk(ruled))),
         "compare": (1, lambda: compare(rng)),
         "repeat": (2, lambda: repeat(rng, english)),
     }

@@ -1,0 +1,129 @@
+"""Make a hypernetwork for the bundled base: `python recipes/hypernetwork/make.py -o OUT`.
+
+It reads a tenant's rules and writes an adapter with which the base knows them, none in its prompt. Stages are a
+curriculum in the number of rules (`rules_apart.py`). After each it says which share of the lines of unseen tenants
+would be written right, under the right rules, another tenant's and none. Training resumes; the result appears whole.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rules_apart import STAGES, Stage, rows, tokens_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base"))
+
+import amx_attention
+from worlds.catalogue import HELD_OUT, TRAINED
+
+from engrain.agent import bundled_base
+from engrain.batch import collate
+from engrain.context import Context
+from engrain.encoder import BaseEncoder, Cached
+from engrain.files import replacing
+from engrain.hypernetwork import SOURCES, LearnedSource, Settings, load_hypernetwork, save_hypernetwork
+from engrain.model import PACKED, Base, adapted, attention, load_base, packed_hidden, sites
+from engrain.objective import output_logits
+from engrain.renderer import Renderer, Row
+from engrain.train import TrainConfig, train
+
+UNSEEN = 9_000
+"""Seeds from here on are of the tenants that are asked about after each stage."""
+Arm = Callable[[Row, Row], Context]
+ARMS: dict[str, Arm] = {
+    "right": lambda row, other: row.context or Context(),
+    "another's": lambda row, other: other.context or Context(),
+    "none": lambda row, other: Context(),
+}
+
+
+def lines_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], arm: Arm) -> float:
+    """The share of the masked lines whose every token would be the likeliest, given what stands before it."""
+    (newline,) = base.tokenizer.encode("\n", add_special_tokens=False)
+    right = total = 0
+    if source is not None:
+        source.eval()
+    for row, other in zip(asked, [*asked[1:], asked[0]], strict=True):
+        batch = collate([replace(row, context=arm(row, other))])
+        with torch.no_grad(), attention(base.model, PACKED):
+            if source is None:
+                hidden = packed_hidden(base.model, batch)
+            else:
+                adapter = source(batch.contexts)
+                with adapted(base.model, adapter, batch.spans):
+                    hidden = packed_hidden(base.model, batch)
+            targets = batch.mask.nonzero()[:, 0]
+            likeliest = output_logits(base.model, hidden[targets - 1]).argmax(dim=-1)
+        good = (likeliest == batch.ids[targets]).tolist()
+        line = True
+        for token, at in zip(batch.ids[targets].tolist(), good, strict=True):
+            line = line and at
+            if token == newline:
+                right, total, line = right + line, total + 1, True
+    return right / max(total, 1)
+
+
+def report(base: Base, source: LearnedSource, stage: Stage, asked: int) -> dict[str, dict[str, float]]:
+    renderer, found = Renderer(base.tokenizer), dict[str, dict[str, float]]()
+    for split, families in (("unseen tenants", TRAINED), ("unseen families", HELD_OUT)):
+        held = rows(renderer, stage, UNSEEN, asked * 3000, families)
+        chosen = random.Random(0).sample(held, min(asked, len(held)))
+        found[split] = {name: lines_right(base, source, chosen, arm) for name, arm in ARMS.items()}
+        found[split]["base alone"] = lines_right(base, None, chosen, ARMS["none"])
+    return found
+
+
+def show(found: dict[str, dict[str, float]], title: str) -> None:
+    table = Table("rows", *next(iter(found.values())), title=title)
+    for split, shares in found.items():
+        table.add_row(split, *(f"{100 * share:.1f}" for share in shares.values()))
+    Console(stderr=True).print(table)
+
+
+def main(
+    out: Annotated[Path, typer.Option("-o", help="where the hypernetwork goes")],
+    base: Annotated[Path | None, typer.Option(help="another base than the bundled one")] = None,
+    kind: Annotated[str, typer.Option(help=", ".join(SOURCES))] = "rule-wise",
+    tokens: int = 24_000_000,
+    rank: Annotated[int, typer.Option(help="of each rule's term, or of the one term of a kind without rules")] = 1,
+    width: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+    asked: Annotated[int, typer.Option(help="rows of unseen tenants that are asked about after each stage")] = 40,
+    work: Path = Path("build/hypernetwork"),
+    amx: Annotated[bool, typer.Option(help="attention of our own for CPUs with AMX; needs a C++ compiler")] = False,
+) -> None:
+    if amx and not amx_attention.use():
+        raise typer.BadParameter("--amx needs a CPU with AMX")
+    loaded = load_base(base or bundled_base())
+    renderer, encoder = Renderer(loaded.tokenizer), Cached(BaseEncoder(loaded))
+    torch.manual_seed(seed)
+    source = SOURCES[kind](encoder, sites(loaded.model), Settings(rank=rank, width=width))
+    for stage in STAGES:
+        folder = work / stage.name
+        if not (folder / "done" / "hypernetwork.json").exists():
+            budget = tokens_of(stage, tokens)
+            config = TrainConfig(tokens=budget, batch_tokens=8192, lr=lr, seed=seed, threads=2)
+            result = train(loaded, source.train(), rows(renderer, stage, seed, budget), config, folder)
+            found = report(loaded, source, stage, asked)
+            with replacing(folder / "result.json") as file:
+                json.dump({**asdict(result), "lines right": found}, file, indent=1)
+            save_hypernetwork(folder / "done", source, loaded)
+        source.load_state_dict(load_hypernetwork(folder / "done", loaded, encoder).state_dict())
+        held = json.loads((folder / "result.json").read_text())
+        show(held["lines right"], f"{stage.name}: {held['tokens']:,} tokens, {held['loss']:.3f} nats, % of lines right")
+    save_hypernetwork(out, source, loaded)
+
+
+if __name__ == "__main__":
+    typer.run(main)

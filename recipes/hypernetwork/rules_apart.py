@@ -1,0 +1,102 @@
+"""What the bundled hypernetwork trains on: drills and trajectories of procedural worlds, the tenant's rules taken out
+of the prompt. They are the context, and only the adapter can tell them.
+
+Never of the families that are held out, nor of the support desk.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+from engrain import markdown
+from engrain.context import Context, Section
+from engrain.renderer import Renderer, Row
+from engrain.trajectory import Trajectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from worlds.catalogue import TRAINED
+from worlds.disguise import DISGUISED
+from worlds.drawing import KINDS
+from worlds.drills import drills
+from worlds.trajectories import Depths, trajectories
+
+PROFILE = "\n\nRules of "
+PER_SEED = 60
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training; the number of rules is the curriculum."""
+
+    name: str
+    parts: int
+    """Of the recipe's tokens, which all stages together divide."""
+    most_rules: int
+    """Rows of tenants with more are left out."""
+    drills: float
+    """Share of drills in rules among its rows; the rest are trajectories."""
+    kinds: tuple[int, int] = KINDS
+    """Of requests in the worlds of its drills."""
+    longest: int = 4096
+
+
+STAGES = (
+    Stage("few", 2, most_rules=8, drills=1.0, kinds=(1, 2)),
+    Stage("rules", 4, most_rules=40, drills=1.0),
+    Stage("tasks", 6, most_rules=40, drills=0.3),
+)
+
+
+def tokens_of(stage: Stage, of: int) -> int:
+    return of * stage.parts // sum(one.parts for one in STAGES)
+
+
+def told(trajectory: Trajectory) -> tuple[Trajectory, Context]:
+    """The trajectory without the tenant's rules in its prompt, and these as its context.
+
+    Raises `ValueError` if there are none.
+    """
+    system, *rest = trajectory.messages
+    before, mark, profile = system.content.partition(PROFILE)
+    if not mark:
+        raise ValueError(f"{trajectory.id}: no rules in its prompt")
+    tenant, _, bullets = profile.partition(":\n")
+    named = "" if f"Tenant: {tenant}." in before else f" Tenant: {tenant}."
+    prompt = system.model_copy(update={"content": before + named})
+    context = Context((Section("tenant", tenant, markdown.rules(bullets)),))
+    return trajectory.model_copy(update={"messages": [prompt, *rest]}), context
+
+
+def examples(
+    stage: Stage, seed: int, number: int, families: tuple[str, ...] = TRAINED
+) -> Iterator[tuple[Trajectory, Context]]:
+    """`number` drills and trajectories, rules apart; the same for the same seed."""
+    drilled = round(number * stage.drills)
+    depths = Depths(full=1.0, part=0.0, small=1.0, disguised=DISGUISED)
+    for one in drills(seed, drilled, families=families, only="rules", ruled=stage.kinds):
+        yield told(one)
+    for one in trajectories(seed, number - drilled, depths, families=families):
+        if PROFILE in one.messages[0].content:
+            yield told(one)
+
+
+def rows(renderer: Renderer, stage: Stage, seed: int, tokens: int, families: tuple[str, ...] = TRAINED) -> list[Row]:
+    """Rows with contexts, about so many tokens of them."""
+    made: list[Row] = []
+    held = 0
+    for number in count():
+        for trajectory, context in examples(stage, seed * 100_000 + number, PER_SEED, families):
+            if len(context.rules) > stage.most_rules:
+                continue
+            for row in renderer.rows(trajectory):
+                if len(row.ids) <= stage.longest:
+                    made.append(replace(row, context=context))
+                    held += len(row.ids)
+        if held >= tokens:
+            return made
+    raise AssertionError("there are seeds without end")
