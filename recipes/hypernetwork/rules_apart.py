@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from engrain import markdown
@@ -75,14 +75,16 @@ def told(trajectory: Trajectory) -> tuple[Trajectory, Context]:
 def examples(
     stage: Stage, seed: int, number: int, families: tuple[str, ...] = TRAINED
 ) -> Iterator[tuple[Trajectory, Context]]:
-    """`number` drills and trajectories, rules apart; the same for the same seed."""
+    """`number` drills and trajectories, rules apart, less those without rules; the same for the same seed."""
     drilled = round(number * stage.drills)
     depths = Depths(full=1.0, part=0.0, small=1.0, disguised=DISGUISED)
-    for one in drills(seed, drilled, families=families, only="rules", ruled=stage.kinds):
-        yield told(one)
-    for one in trajectories(seed, number - drilled, depths, families=families):
-        if PROFILE in one.messages[0].content:
-            yield told(one)
+    made = chain(
+        drills(seed, drilled, families=families, only="rules", ruled=stage.kinds),
+        trajectories(seed, number - drilled, depths, families=families),
+    )
+    for one in made:
+        if PROFILE in one.messages[0].content and (pair := told(one))[1].rules:
+            yield pair
 
 
 def rows(renderer: Renderer, stage: Stage, seed: int, tokens: int, families: tuple[str, ...] = TRAINED) -> list[Row]:
