@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from engrain.context import Context
@@ -45,10 +46,13 @@ class Packed:
     """Each context once, in the order in which their rows lie; none if no row has one."""
     spans: tuple[int, ...] = ()
     """Tokens of each context's rows."""
+    choices: Int[Tensor, "targets choices"] | None = None
+    """A teacher's likeliest tokens in the place of each token that carries loss; None unless every row has them."""
+    choice_logprobs: Float[Tensor, "targets choices"] | None = None
 
     def to(self, device: torch.device) -> Packed:
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "position_ids", "mask")}
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def pack(rows: Sequence[Row], capacity: int, seed: int) -> list[list[int]]:
@@ -103,7 +107,13 @@ def collate(rows: Sequence[Row]) -> Packed:
     ids = torch.tensor([token for row in rows for token in row.ids], dtype=torch.long)
     mask = torch.tensor([trained for row in rows for trained in row.mask], dtype=torch.bool)
     position_ids = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.zeros_like(ids)
-    return Packed(ids, position_ids, mask & (position_ids > 0), lengths, tuple(spans), tuple(spans.values()))
+    taught = [row.choices for row in rows if row.choices is not None]
+    choices = logprobs = None
+    if rows and len(taught) == len(rows):
+        choices = torch.from_numpy(np.concatenate([one.tokens for one in taught])).long()
+        logprobs = torch.from_numpy(np.concatenate([one.logprobs for one in taught])).float()
+    contexts = (tuple(spans), tuple(spans.values()))
+    return Packed(ids, position_ids, mask & (position_ids > 0), lengths, *contexts, choices, logprobs)
 
 
 def _windows(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

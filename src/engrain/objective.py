@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from engrain.adapter import Adapter
 from engrain.batch import Packed
-from engrain.errors import ModelError
+from engrain.errors import InputError, ModelError
 from engrain.model import packed_hidden
 
 
@@ -28,6 +28,24 @@ def masked_nll(model: PreTrainedModel, adapter: Adapter | None, batch: Packed) -
     hidden = packed_hidden(model, batch)[targets - 1]
     logits = output_logits(model, hidden).float()
     return F.cross_entropy(logits, batch.ids[targets], reduction="sum"), len(targets)
+
+
+def distillation(model: PreTrainedModel, adapter: Adapter | None, batch: Packed) -> tuple[Float[Tensor, ""], int]:
+    """KL divergence (nats, summed) from the teacher's choices to the model's, at the masked tokens.
+
+    All that the teacher would choose otherwise counts as one more choice. Rows get their choices from
+    `distil.with_choices`. Raises `InputError` if some have none.
+    """
+    if batch.choices is None or batch.choice_logprobs is None:
+        raise InputError("distillation needs a teacher's choices in every row; make them with distil.with_choices")
+    targets = batch.mask.nonzero()[:, 0]
+    own = output_logits(model, packed_hidden(model, batch)[targets - 1]).float().log_softmax(dim=-1)
+    known, wanted = own.gather(-1, batch.choices), batch.choice_logprobs
+    others = [1 - each.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6) for each in (wanted, known)]
+    wanted, known = (
+        torch.cat([each, other.log()], dim=-1) for each, other in zip((wanted, known), others, strict=True)
+    )
+    return (wanted.exp() * (wanted - known)).sum(), len(targets)
 
 
 def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocab"]:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from engrain import toolformat
 from engrain.codec import BREAK, Codec
 from engrain.errors import RenderError
@@ -39,6 +41,16 @@ Rejected = Counter[str]
 Json = Any
 
 
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What a teacher would write in the place of each masked token of a row: its likeliest tokens, the best first."""
+
+    tokens: np.ndarray
+    """Integers, masked tokens by choices; without the row's first token, which nothing predicts."""
+    logprobs: np.ndarray
+    """Nats, of the same shape."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One training sequence. `mask[i]`: token `i` carries loss, that is, it is predicted from those before it."""
@@ -47,6 +59,8 @@ class Row:
     mask: list[bool]
     context: Context | None = None
     """What the adapter is made for while this row is trained on; a constant source does not look."""
+    choices: Choices | None = None
+    """For distillation."""
 
 
 def _failure(reason: str, expected: str, got: str, fix: str) -> RenderError:

@@ -142,7 +142,8 @@ def _digest(
     total = hashlib.sha256(repr((base.digest, type(source).__name__, numbers, shapes, settings)).encode())
     for row in rows:
         context = row.context.digest() if row.context is not None else ""
-        total.update(array("l", row.ids).tobytes() + bytes(row.mask) + context.encode() + b"|")
+        taught = b"" if row.choices is None else row.choices.tokens.tobytes() + row.choices.logprobs.tobytes()
+        total.update(array("l", row.ids).tobytes() + bytes(row.mask) + context.encode() + taught + b"|")
     return total.hexdigest()
 
 
