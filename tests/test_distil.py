@@ -54,7 +54,7 @@ def test_the_divergence_is_zero_from_oneself_and_over_all_choices_the_exact_one(
         for place in range(1, len(row.ids)):
             if row.mask[place]:
                 teacher, pupil = told[place - 1 + len(TOLD)], own[place - 1]
-                exact += float((teacher.exp() * (teacher - pupil)).sum())
+                exact += (teacher.exp() * (teacher - pupil)).sum().item()
     assert count == sum(sum(row.mask[1:]) for row in rows) and abs(same.item()) < 1e-3
     assert other.item() == pytest.approx(exact, rel=1e-3) and exact > 1
 

@@ -41,11 +41,13 @@ def distillation(model: PreTrainedModel, adapter: Adapter | None, batch: Packed)
     targets = batch.mask.nonzero()[:, 0]
     own = output_logits(model, packed_hidden(model, batch)[targets - 1]).float().log_softmax(dim=-1)
     known, wanted = own.gather(-1, batch.choices), batch.choice_logprobs
-    others = [1 - each.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6) for each in (wanted, known)]
-    wanted, known = (
-        torch.cat([each, other.log()], dim=-1) for each, other in zip((wanted, known), others, strict=True)
-    )
+    wanted, known = (torch.cat([one, _rest(one)], dim=-1) for one in (wanted, known))
     return (wanted.exp() * (wanted - known)).sum(), len(targets)
+
+
+def _rest(logprobs: Float[Tensor, "targets choices"]) -> Float[Tensor, "targets 1"]:
+    """The log-probability of all other choices together."""
+    return (1 - logprobs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)).log()
 
 
 def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocab"]:
