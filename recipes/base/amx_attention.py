@@ -3,7 +3,8 @@
 torch's own flash attention on CPU takes half of a training step. `use()` compiles `amx_attention.cpp` (a C++ compiler
 and ninja, half a minute, once) and puts it in the place of the packed attention for this process. It rounds otherwise.
 
-Not covered: heads of another size than 64, grouped queries and sliding windows, which go the usual way.
+Not covered: values that are not bf16, heads of another size than 64, grouped queries and sliding windows, which go the
+usual way.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def use() -> bool:
     ) -> tuple[Tensor, None]:
         window, scale = options.get("sliding_window"), options.get("scaling") or query.shape[-1] ** -0.5
         lengths = list(options["lengths"])
-        if query.shape != value.shape or query.shape[-1] != HEAD or (window is not None and max(lengths) > window):
+        longer = window is not None and max(lengths) > window
+        if value.dtype != torch.bfloat16 or query.shape != value.shape or query.shape[-1] != HEAD or longer:
             return PLAIN(module, query, key, value, mask, **options)
         states = (one[0].transpose(0, 1).to(torch.bfloat16).contiguous() for one in (query, key, value))
         return _Attention.apply(kernel, lengths, scale, *states)[None], None
