@@ -23,6 +23,7 @@ from worlds.clerk import decide, expected  # noqa: E402
 from worlds.disguise import KEPT, disguised  # noqa: E402
 from worlds.drawing import draw  # noqa: E402
 from worlds.language import blended, compared, key  # noqa: E402
+from worlds.openings import opened  # noqa: E402
 from worlds.spec import Jump, Stop  # noqa: E402
 from worlds.tasks import walk  # noqa: E402
 from worlds.trajectories import Depths, trajectories  # noqa: E402
@@ -116,6 +117,17 @@ def test_a_disguised_family_works_the_same_in_other_words(name):
     flow = workflow(world, tenants(world, 0, 2))
     for run in rollout(flow, list(islice(flow.tasks("train", 1), 3)), ScriptTeacher(flow), parallel=1):
         assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)
+
+
+@pytest.mark.parametrize("name", catalogue.TRAINED)
+def test_openings_have_any_number_of_steps_and_the_teacher_reaches_its_goals(name):
+    family, rng = catalogue.family(name), random.Random(3)
+    drawn = {repr(other.opening): other for other in (opened(family, rng) for _ in range(40))}
+    assert {repr(family.opening), repr(family.opening[:1])} <= set(drawn)
+    for other in drawn.values():
+        flow = workflow(world := draw(other, 1), tenants(world, 0, 2))
+        for run in rollout(flow, list(islice(flow.tasks("train", 1), 3)), ScriptTeacher(flow), parallel=1):
+            assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)
 
 
 def test_a_walk_is_what_a_rollout_records():

@@ -23,6 +23,7 @@ from worlds.disguise import DISGUISED, disguised
 from worlds.drawing import KINDS, draw
 from worlds.english import NONE, English
 from worlds.language import blended, compared, date_of, made_up
+from worlds.openings import opened
 from worlds.spec import Do, Jump, Ref, Stop
 from worlds.store import Store
 from worlds.tasks import Rules, make_task, walk, write_rules
@@ -79,7 +80,7 @@ def drills(
         of = family(rng.choice(families))
         if rng.random() < share:
             of = disguised(of, rng, english.words)
-        world = draw(of, rng.randrange(10**9), size)
+        world = draw(opened(of, rng), rng.randrange(10**9), size)
         ((tenant, said),) = tenants(world, rng.randrange(10**9), 1).items()
         return Desk(world, tenant, said, rng)
 

@@ -16,6 +16,7 @@ from engrain.workflow import Workflow
 from worlds.catalogue import TRAINED, family
 from worlds.disguise import disguised
 from worlds.drawing import KINDS, draw
+from worlds.openings import opened
 from worlds.tasks import make_task, walk
 from worlds.workflow import tenants, workflow
 
@@ -61,6 +62,8 @@ def trajectories(
         of = family(families[number % len(families)] if depth == "none" else rng.choice(families))
         if depth != "none" and rng.random() < depths.disguised:
             of = disguised(of, rng, lexicon)
+        if depth != "none":
+            of = opened(of, rng)
         world = draw(of, number, (2, 3) if depth != "none" and rng.random() < depths.small else KINDS)
         rules = tenants(world, 0, 2)
         flow = workflow(world, rules)
