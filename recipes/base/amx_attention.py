@@ -51,7 +51,7 @@ def deviation(kernel: Any, lengths: Sequence[int]) -> float:
     exact.backward(weight.float())
     found.backward(weight)
     pairs = [(found, exact), *((one.grad, other.grad) for one, other in zip(own, states, strict=True))]
-    return max(float((one.detach().float() - other).norm() / other.norm()) for one, other in pairs)
+    return max(float(((one.float() - other).norm() / other.norm()).detach()) for one, other in pairs)
 
 
 def built() -> Any:

@@ -317,7 +317,9 @@ def main(
     tokens: Annotated[int | None, typer.Option(help="other than the size's, to try things out")] = None,
     layers: Annotated[int | None, typer.Option(help="other than the size's")] = None,
     compiled: Annotated[bool, typer.Option(help="compile the model for speed; needs a C++ compiler")] = False,
-    amx: Annotated[bool, typer.Option(help="attention of our own for CPUs with AMX; needs a C++ compiler")] = False,
+    amx: Annotated[
+        bool, typer.Option(help="attention of our own for CPUs with AMX; needs a C++ compiler and ninja")
+    ] = False,
     start: Annotated[Path | None, typer.Option(help="a base of this size to go on from, with its tokenizer")] = None,
     probes: Annotated[Path | None, typer.Option(help="where `engrain base probe` measured it, for the card")] = None,
 ) -> None:

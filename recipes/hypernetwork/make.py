@@ -101,7 +101,9 @@ def main(
     seed: int = 0,
     asked: Annotated[int, typer.Option(help="rows of unseen tenants that are asked about after each stage")] = 40,
     work: Path = Path("build/hypernetwork"),
-    amx: Annotated[bool, typer.Option(help="attention of our own for CPUs with AMX; needs a C++ compiler")] = False,
+    amx: Annotated[
+        bool, typer.Option(help="attention of our own for CPUs with AMX; needs a C++ compiler and ninja")
+    ] = False,
 ) -> None:
     if amx and not amx_attention.use():
         raise typer.BadParameter("--amx needs a CPU with AMX")
