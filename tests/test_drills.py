@@ -96,16 +96,16 @@ def test_decisions_quote_the_manual_and_the_records(drilled):
 
 
 @pytest.mark.parametrize(
-    ("said", "values", "quote"),
+    ("said", "value", "quote"),
     [
-        ("(a) move M14 to friday, please", ["friday"], "(a) move M14 to friday"),
-        ("(b) book 4 seats in M4 for noon today", ["noon", 4], "(b) book 4 seats in M4 for noon"),
-        ("(c) a fine at once, not fines", ["fine"], "(c) a fine"),
-        ("(d) not fines but a fine", ["fine"], "(d) not fines but a fine"),
+        ("(a) move M14 to friday, please", "friday", "(a) move M14 to friday"),
+        ("(b) book 4 seats in M4 for noon today", 4, "(b) book 4"),
+        ("(c) a fine at once, not fines", "fine", "(c) a fine"),
+        ("(d) not fines but a fine", "fine", "(d) not fines but a fine"),
     ],
 )
-def test_a_request_is_quoted_up_to_the_last_value_that_it_asks_for(said, values, quote):
-    assert up_to(said, values) == quote
+def test_a_request_is_quoted_up_to_the_value_that_it_asks_for(said, value, quote):
+    assert up_to(said, value) == quote
 
 
 def test_rules_are_those_of_the_profile(drilled):
@@ -125,8 +125,10 @@ def test_rules_are_those_of_the_profile(drilled):
 
 def test_comparisons_are_right(drilled):
     for _, _, answer in drilled["compare"]:
+        words = re.findall(r'"(\w+)", "(\w+)", (same|other)', answer)
+        assert all((first == second) == (word == "same") for first, second, word in words)
         pairs = re.findall(r"([\d-]+), ([\d-]+): [^,]+, (within|over)", answer)
-        assert len(pairs) > 10
+        assert pairs and len(pairs) + len(words) == answer.count(";") + 1
         for limit, value, word in pairs:
             limit, value = (int(text.replace("-", "")) for text in (limit, value))
             assert (value <= limit) == (word == "within")

@@ -49,16 +49,16 @@ STAGES = (
     Stage("routes", 1, drills=1.0, only="route", depths=Depths(), batch_tokens=3072),
     Stage("decisions", 1, drills=1.0, only="decide", depths=Depths()),
     Stage("drills", 1, drills=0.9, depths=Depths(small=1.0, disguised=DISGUISED), batch_tokens=3072),
-    Stage("context", 7, drills=0.4, depths=Depths(small=0.6, many=0.3, disguised=DISGUISED), final=0.5),
+    Stage("context", 5, drills=0.4, depths=Depths(small=0.6, many=0.5, disguised=DISGUISED), final=0.5, longest=6144),
     Stage(
         "anneal",
-        4,
+        8,
         drills=0.2,
-        depths=Depths(full=0.6, part=0.3, small=0.3, many=0.2, long=0.15, faults=0.4, disguised=DISGUISED),
+        depths=Depths(full=0.6, part=0.3, small=0.3, many=0.3, long=0.25, faults=0.3, disguised=DISGUISED),
         lr=0.5,
         final=0.05,
-        batch_tokens=12_288,
-        longest=12_288,
+        batch_tokens=16_384,
+        longest=16_384,
     ),
 )
 

@@ -173,15 +173,16 @@ class Clerk:
         shown, given, grounds = self.world.shown, dict[str, Any](), list[str]()
         for name, source in step.arguments.items():
             said = shown[f"{step.action}.{name}"]
-            given[said] = self.value(source, asked)
+            value = given[said] = self.value(source, asked)
+            ground = ""
             if isinstance(source, By):
-                grounds.append(self.rule(source.rule))
-            elif isinstance(source, Of) and shown[source.path] != said:
-                grounds.append(quoted(shown[source.path], given[said]))
-        values = ", ".join(quoted(said, value) for said, value in given.items())
-        if words := [asked[source.slot] for source in step.arguments.values() if isinstance(source, Asked)]:
-            values = f"{up_to(self.said, words)} = {values}"
-        why = f": {', '.join([*grounds, values])}" if given else ""
+                ground = f"{self.rule(source.rule)}, "
+            elif isinstance(source, Asked):
+                ground = f"{up_to(self.said, value)} = "
+            elif shown[source.path] != said:
+                ground = f"{quoted(shown[source.path], value)}, "
+            grounds.append(ground + quoted(said, value))
+        why = f": {'; '.join(grounds)}" if given else ""
         return given, f"{procedure.mark(place)} {self.world.text(step, procedure)}{why}"
 
     def read(self, record: str, name: str, needs: Sequence[str]) -> None:
@@ -331,10 +332,11 @@ def request(place: int, item: Mapping[str, Any]) -> str:
     return f"{mark(place)} {item['said']}"
 
 
-def up_to(said: str, values: Sequence[Any]) -> str:
-    """A request up to the last of the values that it names: a value is where the quotation ends."""
-    found = (re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", said) for value in values)
-    return said[: max(match.end() for match in found if match)]
+def up_to(said: str, value: object) -> str:
+    """A request up to a value that it names: the value is where the quotation ends."""
+    found = re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", said)
+    assert found is not None, f"{said!r} does not name {value!r}"
+    return said[: found.end()]
 
 
 def plan(world: World, task: Task) -> list[str]:

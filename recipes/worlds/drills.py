@@ -30,13 +30,16 @@ from worlds.tasks import Rules, make_task, walk, write_rules
 from worlds.workflow import tenants, workflow
 from worlds.world import World
 
-COMPARISONS = 12
+COMPARISONS, COMPARED_WORDS = 12, 0.25
+"""In a drill in comparing, and the share of words among them."""
 WORDS = 60
 CALLS = 0.1
 """Share of the drills that call tools."""
 ROUTED_IN_OTHER_WORDS = 0.8
 """Share of drills in routing that are in other words; a family's own are learnt by heart in place of looking."""
 
+ROUTED = ((6, 16), (6, 16), (16, 40))
+"""Items in a drill in routing, one range or another."""
 MOST_CALLS = 12
 
 Drill = tuple[str, str, str]
@@ -89,7 +92,7 @@ def drills(
         "route": (5, lambda: route(desk(KINDS, ROUTED_IN_OTHER_WORDS))),
         "steps": (1, lambda: steps(desk((2, 6)))),
         "rules": (2, lambda: rules(desk(ruled))),
-        "compare": (1, lambda: compare(rng)),
+        "compare": (1, lambda: compare(rng, english)),
         "repeat": (2, lambda: repeat(rng, english)),
     }
     for number in range(count):
@@ -197,7 +200,7 @@ def _informed(world: World, task: Task) -> tuple[Clerk, list[str]]:
 def route(desk: Desk) -> Drill:
     """Many items, each to its procedure: the plan that a request begins with; then the items again, in any order, as
     notes begin with them."""
-    task = desk.task(desk.rng.randint(6, 16))
+    task = desk.task(desk.rng.randint(*desk.rng.choice(ROUTED)))
     items = list(enumerate(task.goal["items"]))
     desk.rng.shuffle(items)
     again = [title(desk.world, place, item) for place, item in items]
@@ -236,20 +239,25 @@ def rules(desk: Desk) -> Drill:
     )
 
 
-def compare(rng: random.Random) -> Drill:
-    """Limits and values, as in the notes; most have as many digits, and often the first ones in common."""
-    pairs: list[tuple[int | str, int | str]] = []
-    while len(pairs) < COMPARISONS:
+def compare(rng: random.Random, english: English = NONE) -> Drill:
+    """Limits and values, and words, as in the notes; most numbers have as many digits, and often the first ones in
+    common."""
+    words = [*english.words, *(made_up(rng) for _ in range(4))]
+    asked, judged = list[str](), list[str]()
+    while len(asked) < COMPARISONS:
+        if rng.random() < COMPARED_WORDS:
+            first, other = rng.sample(words, 2)
+            second = rng.choice((first, other))
+            asked.append(f'"{first}", "{second}"')
+            judged.append(f"{asked[-1]}, {'same' if second == first else 'other'}")
+            continue
         limit = rng.randint(3, rng.choice((12, 70, 450, 3000)))
         near = max(3, limit // 4) if rng.random() < 0.6 else limit
         value = max(0, limit + rng.randint(-near, near))
-        dated = rng.random() < 0.3
-        pairs.append((date_of(limit % 400), date_of(value % 400)) if dated else (limit, value))
-    asked = "; ".join(f"{limit}, {value}" for limit, value in pairs)
-    judged = (
-        f"{compared(limit, value)}, {'over' if _number(value) > _number(limit) else 'within'}" for limit, value in pairs
-    )
-    return "You practise.", f"Compare: {asked}", "; ".join(judged)
+        pair = (date_of(limit % 400), date_of(value % 400)) if rng.random() < 0.3 else (limit, value)
+        asked.append(f"{pair[0]}, {pair[1]}")
+        judged.append(f"{compared(*pair)}, {'over' if _number(pair[1]) > _number(pair[0]) else 'within'}")
+    return "You practise.", f"Compare: {'; '.join(asked)}", "; ".join(judged)
 
 
 def _number(said: int | str) -> int:
