@@ -31,7 +31,6 @@ from worlds.spec import (
     Is,
     Jump,
     Limit,
-    Of,
     Over,
     Read,
     Ref,
