@@ -1,4 +1,4 @@
-// Causal attention of packed rows on x86 cores with AMX, forward and backward, for bf16 heads of 64.
+// Causal attention of packed rows on x86 cores with AMX or AVX-512's bf16, forward and backward, for heads of 64.
 //
 // Every product is one of 64 x 64 x 64: blocks of 64 keys by 64 queries. Scores are kept transposed, keys by queries,
 // so that a vector's lanes are queries: maxima, sums and log-sum-exps are then plain vertical operations.
@@ -23,10 +23,18 @@ struct alignas(64) Block {
   const T* operator+(int64_t offset) const { return at + offset; }
 };
 
+bool asked_for_tiles() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+}
+
+const bool amx = asked_for_tiles();
+
 // The shape of AMX's eight tiles, for the time that this lives; then what was set before.
 struct Tiles {
   alignas(64) uint8_t before[64];
   Tiles() {
+    if (!amx) return;
     alignas(64) uint8_t config[64] = {1};
     for (int tile = 0; tile < 8; tile++) {
       reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;  // bytes a row
@@ -35,12 +43,37 @@ struct Tiles {
     _tile_storeconfig(before);
     _tile_loadconfig(config);
   }
-  ~Tiles() { before[0] ? _tile_loadconfig(before) : _tile_release(); }
+  ~Tiles() {
+    if (amx) before[0] ? _tile_loadconfig(before) : _tile_release();
+  }
 };
+
+// As `multiply`, without AMX: four rows at a time, whose 16 vectors stay in registers.
+template <bool add>
+inline void multiply_rows(const Block<bf16>& a, const Block<bf16>& b, Block<float>& c) {
+  for (int64_t i = 0; i < N; i += 4) {
+    __m512 sums[4][4];
+    for (int64_t row = 0; row < 4; row++)
+      for (int64_t lane = 0; lane < 4; lane++)
+        sums[row][lane] = add ? _mm512_load_ps(c + ((i + row) * N + 16 * lane)) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < N; k += 2) {
+      __m512bh pairs[4];
+      for (int64_t lane = 0; lane < 4; lane++)
+        pairs[lane] = (__m512bh)_mm512_load_si512((const void*)(b + (k * N + 32 * lane)));
+      for (int64_t row = 0; row < 4; row++) {
+        const auto own = (__m512bh)_mm512_set1_epi32(*(const int*)(a + ((i + row) * N + k)));
+        for (int64_t lane = 0; lane < 4; lane++) sums[row][lane] = _mm512_dpbf16_ps(sums[row][lane], own, pairs[lane]);
+      }
+    }
+    for (int64_t row = 0; row < 4; row++)
+      for (int64_t lane = 0; lane < 4; lane++) _mm512_store_ps(c + ((i + row) * N + 16 * lane), sums[row][lane]);
+  }
+}
 
 // c[64][64] (+)= a[64][64] b[64][64], b as pairs of rows side by side: b[32][64][2].
 template <bool add>
 inline void multiply(const Block<bf16>& a, const Block<bf16>& b, Block<float>& c) {
+  if (!amx) return multiply_rows<add>(a, b, c);
   for (int64_t i = 0; i < N; i += 32)
     for (int64_t j = 0; j < N; j += 32) {
       float* at = c + (i * N + j);
@@ -251,8 +284,7 @@ void each_head(const std::vector<int64_t>& lengths, int64_t heads, Work work) {
 
 bool available() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
-         syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
 // States [tokens][heads][64], contiguous. Returns output and log-sum-exp (base 2) [heads][tokens].

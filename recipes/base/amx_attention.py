@@ -22,6 +22,7 @@ from engrain.errors import EngrainError
 from engrain.model import PACKED, packed_attention
 
 HEAD = 64
+NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma", "amx-tile", "amx-bf16")
 PLAIN: Any = packed_attention
 
 
@@ -57,7 +58,7 @@ def deviation(kernel: Any, lengths: Sequence[int]) -> float:
 def built() -> Any:
     """The compiled kernel; None where the CPU has no AMX."""
     source = Path(__file__).with_name("amx_attention.cpp")
-    kernel: Any = load("amx_attention", [str(source)], extra_cflags=["-O3", "-march=sapphirerapids"])
+    kernel: Any = load("amx_attention", [str(source)], extra_cflags=["-O3", *(f"-m{one}" for one in NEEDED)])
     return kernel if kernel.available() else None
 
 
