@@ -15,7 +15,7 @@ from engrain.distil import with_choices
 from engrain.errors import InputError
 from engrain.learner import TrainConfig
 from engrain.model import PACKED, Base, adapted, attention, sites
-from engrain.objective import distillation
+from engrain.objective import row_loss
 from engrain.renderer import Row
 from engrain.train import train
 
@@ -46,8 +46,8 @@ def test_choices_are_the_teachers_likeliest_tokens_at_the_same_tokens() -> None:
 def test_the_divergence_is_zero_from_oneself_and_over_all_choices_the_exact_one() -> None:
     ours, (rows, prompted) = base(), pairs()
     with attention(ours.model, PACKED), torch.no_grad():
-        same, count = distillation(ours.model, None, collate(with_choices(ours, rows, rows, most=63)))
-        other, _ = distillation(ours.model, None, collate(with_choices(ours, rows, prompted, most=63)))
+        same, count = row_loss(ours.model, None, collate(with_choices(ours, rows, rows, most=63)))
+        other, _ = row_loss(ours.model, None, collate(with_choices(ours, rows, prompted, most=63)))
     exact = 0.0
     for row, whole in zip(rows, prompted, strict=True):
         own, told = (ours.model(torch.tensor([one.ids])).logits[0].log_softmax(-1) for one in (row, whole))
@@ -65,20 +65,18 @@ def test_an_adapter_learns_what_the_prompt_told(tmp_path: Path) -> None:
 
     def divergence() -> float:
         with attention(ours.model, PACKED), torch.no_grad(), adapted(ours.model, source(())):
-            loss, count = distillation(ours.model, None, collate(taught))
+            loss, count = row_loss(ours.model, None, collate(taught))
         return loss.item() / count
 
     torch.manual_seed(0)
     source = ConstantAdapter(sites(ours.model), 8)
     before = divergence()
     config = TrainConfig(tokens=6000, batch_tokens=200, lr=1e-2, threads=1, precision="fp32")
-    train(ours, source, taught, config, tmp_path, objective=distillation)
+    train(ours, source, taught, config, tmp_path)
     assert divergence() < 0.3 * before
 
 
-def test_rows_that_differ_or_have_no_teacher_are_refused() -> None:
+def test_rows_that_differ_are_refused() -> None:
     ours, (rows, prompted) = base(), pairs()
     with pytest.raises(InputError, match="same tokens"):
         with_choices(ours, rows[:1], prompted[1:2])
-    with pytest.raises(InputError, match="choices in every row"), attention(ours.model, PACKED):
-        distillation(ours.model, None, collate(rows))

@@ -30,7 +30,7 @@ from engrain.context import Context, Section
 from engrain.errors import EngrainError, InputError, ModelError
 from engrain.gradients import Gradients, Sum, accumulate, passes, share_rows
 from engrain.model import PACKED, Base, adapted, attention, sites
-from engrain.objective import masked_nll
+from engrain.objective import row_loss
 from engrain.renderer import Row
 from engrain.train import TrainConfig, train
 
@@ -58,7 +58,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 def loss_of(model: PreTrainedModel, rows: Sequence[Row]) -> float:
     with attention(model, PACKED), torch.no_grad():
-        loss, count = masked_nll(model, None, collate(rows))
+        loss, count = row_loss(model, None, collate(rows))
     return loss.item() / count
 
 
@@ -177,8 +177,8 @@ def test_gradients_over_processes_are_the_gradients() -> None:
     model, rows = tiny("mistral"), random_rows(9)
     into = list(model.parameters())
     with attention(model, PACKED):
-        masked_nll(model, None, collate(rows))[0].backward()
-        work = partial(accumulate, lambda batch: nullcontext(masked_nll(model, None, batch)), into=into, pass_tokens=60)
+        row_loss(model, None, collate(rows))[0].backward()
+        work = partial(accumulate, lambda batch: nullcontext(row_loss(model, None, batch)), into=into, pass_tokens=60)
         with Gradients(lambda rows, stopping: work(rows, stopping=stopping), into, 2, 2) as gradients:
             found = gradients(rows, threading.Event())
     assert found is not None and found.terms == int(collate(rows).mask.sum())

@@ -42,13 +42,17 @@ class Packed:
     mask: Bool[Tensor, " tokens"]
     """Tokens that carry loss. Never a row's first token, which nothing predicts."""
     lengths: tuple[int, ...]
-    contexts: tuple[Context, ...] = ()
+    contexts: tuple[Context, ...]
     """Each context once, in the order in which their rows lie; none if no row has one."""
-    spans: tuple[int, ...] = ()
+    spans: tuple[int, ...]
     """Tokens of each context's rows."""
-    choices: Int[Tensor, "targets choices"] | None = None
-    """A teacher's likeliest tokens in the place of each token that carries loss; None unless every row has them."""
-    choice_logprobs: Float[Tensor, "targets choices"] | None = None
+    taught: Bool[Tensor, " targets"]
+    """Which of the tokens that carry loss have a teacher's choices in their place."""
+    choices: Int[Tensor, "taught choices"]
+    """A teacher's likeliest tokens."""
+    choice_logprobs: Float[Tensor, "taught choices"]
+    rivals: Int[Tensor, "2 contrasts"]
+    """Places of tokens that another context would change: in their row, and in its copy under that context."""
 
     def to(self, device: torch.device) -> Packed:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -96,24 +100,59 @@ def _units(rows: Sequence[Row], tokens: int, chance: random.Random) -> list[list
 
 
 def collate(rows: Sequence[Row]) -> Packed:
-    """Rows laid end to end, those of one context together. Among rows with contexts, one without has an empty one."""
+    """Rows laid end to end, those of one context together. Among rows with contexts, one without has an empty one.
+
+    A row with a rival lies there twice: its copy, under the rival, carries no loss of its own.
+    """
+    parts = [_Part(row.context, number, row) for number, row in enumerate(rows)]
+    parts += [_Part(row.rival.context, number, row, True) for number, row in enumerate(rows) if row.rival is not None]
     spans: dict[Context, int] = defaultdict(int)
-    if any(row.context is not None for row in rows):
-        for row in rows:
-            spans[row.context or Context()] += len(row.ids)
-        order = list(spans)
-        rows = sorted(rows, key=lambda row: order.index(row.context or Context()))
-    lengths = tuple(len(row.ids) for row in rows)
-    ids = torch.tensor([token for row in rows for token in row.ids], dtype=torch.long)
-    mask = torch.tensor([trained for row in rows for trained in row.mask], dtype=torch.bool)
+    if any(part.context is not None for part in parts):
+        for part in parts:
+            spans[part.context or Context()] += len(part.row.ids)
+        order = {context: place for place, context in enumerate(spans)}
+        parts.sort(key=lambda part: order[part.context or Context()])
+    lengths = tuple(len(part.row.ids) for part in parts)
+    ids = torch.tensor([token for part in parts for token in part.row.ids], dtype=torch.long)
+    mask = torch.tensor([bit and not part.copy for part in parts for bit in part.row.mask], dtype=torch.bool)
     position_ids = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.zeros_like(ids)
-    taught = [row.choices for row in rows if row.choices is not None]
-    choices = logprobs = None
-    if rows and len(taught) == len(rows):
-        choices = torch.from_numpy(np.concatenate([one.tokens for one in taught])).long()
-        logprobs = torch.from_numpy(np.concatenate([one.logprobs for one in taught])).float()
-    contexts = (tuple(spans), tuple(spans.values()))
-    return Packed(ids, position_ids, mask & (position_ids > 0), lengths, *contexts, choices, logprobs)
+    mask &= position_ids > 0
+    taught = torch.tensor([part.row.choices is not None for part in parts for _ in part.row.ids], dtype=torch.bool)
+    teacher, contexts = _choices(parts), (tuple(spans), tuple(spans.values()))
+    return Packed(ids, position_ids, mask, lengths, *contexts, taught[mask], *teacher, _rivals(parts))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A row in a stream, under one context."""
+
+    context: Context | None
+    number: int
+    row: Row
+    copy: bool = False
+
+
+def _choices(parts: Sequence[_Part]) -> tuple[Int[Tensor, "taught choices"], Float[Tensor, "taught choices"]]:
+    """Those of all rows that have some, one after the other."""
+    held = [part.row.choices for part in parts if part.row.choices is not None and not part.copy]
+    if not held:
+        return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0)
+    tokens = torch.from_numpy(np.concatenate([one.tokens for one in held])).long()
+    return tokens, torch.from_numpy(np.concatenate([one.logprobs for one in held])).float()
+
+
+def _rivals(parts: Sequence[_Part]) -> Int[Tensor, "2 contrasts"]:
+    """Where the tokens lie that a row's rival would change: in the row, and in its copy."""
+    places: dict[tuple[int, bool], list[int]] = {}
+    start = 0
+    for part in parts:
+        if (rival := part.row.rival) is not None:
+            changed = enumerate(rival.changed)
+            places[part.number, part.copy] = [start + n for n, other in changed if other and n > 0]
+        start += len(part.row.ids)
+    rows = [number for number, copy in places if copy]
+    sides = [[at for number in rows for at in places[number, copy]] for copy in (False, True)]
+    return torch.tensor(sides, dtype=torch.long)
 
 
 def _windows(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ from engrain.context import Context, Rule
 from engrain.errors import InputError
 from engrain.hypernetwork import LearnedSource
 from engrain.model import PACKED, Base, adapted, attention
-from engrain.objective import masked_nll
+from engrain.objective import row_loss
 from engrain.renderer import Row
 
 
@@ -44,4 +44,4 @@ def rule_effects(base: Base, source: LearnedSource, context: Context, row: Row) 
 
 def _log_likelihood(base: Base, adapter: Adapter, batch: Packed) -> float:
     with adapted(base.model, adapter):
-        return -float(masked_nll(base.model, adapter, batch)[0])
+        return -float(row_loss(base.model, adapter, batch)[0])

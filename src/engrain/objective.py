@@ -6,13 +6,13 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from engrain.adapter import Adapter
 from engrain.batch import Packed
-from engrain.errors import InputError, ModelError
+from engrain.errors import ModelError
 from engrain.model import packed_hidden
 
 
@@ -22,27 +22,35 @@ class Objective(Protocol):
     def __call__(self, model: PreTrainedModel, adapter: Adapter | None, batch: Packed, /) -> tuple[Tensor, int]: ...
 
 
-def masked_nll(model: PreTrainedModel, adapter: Adapter | None, batch: Packed) -> tuple[Float[Tensor, ""], int]:
-    """Negative log-likelihood (nats, summed) of the masked tokens; logits are computed only where they are needed."""
-    targets = batch.mask.nonzero()[:, 0]
-    hidden = packed_hidden(model, batch)[targets - 1]
-    logits = output_logits(model, hidden).float()
-    return F.cross_entropy(logits, batch.ids[targets], reduction="sum"), len(targets)
+def row_loss(
+    model: PreTrainedModel, adapter: Adapter | None, batch: Packed, *, margin: float = 2.0, weight: float = 0.2
+) -> tuple[Float[Tensor, ""], int]:
+    """Each masked token by what its row has, in nats, summed; logits are computed only where they are needed.
 
-
-def distillation(model: PreTrainedModel, adapter: Adapter | None, batch: Packed) -> tuple[Float[Tensor, ""], int]:
-    """KL divergence (nats, summed) from the teacher's choices to the model's, at the masked tokens.
-
-    All that the teacher would choose otherwise counts as one more choice. Rows get their choices from
-    `distil.with_choices`. Raises `InputError` if some have none.
+    A row of its own has its tokens' negative log-likelihood; one with a teacher's choices (`distil.with_choices`) the
+    KL divergence from these, all other choices counted as one more. Under a row's rival the tokens that it would change
+    must be less likely by a `margin`; what is missing counts `weight`.
     """
-    if batch.choices is None or batch.choice_logprobs is None:
-        raise InputError("distillation needs a teacher's choices in every row; make them with distil.with_choices")
     targets = batch.mask.nonzero()[:, 0]
-    own = output_logits(model, packed_hidden(model, batch)[targets - 1]).float().log_softmax(dim=-1)
-    known, wanted = own.gather(-1, batch.choices), batch.choice_logprobs
+    hidden = packed_hidden(model, batch)
+    logprobs = output_logits(model, hidden[targets - 1]).float().log_softmax(dim=-1)
+    own = logprobs.gather(-1, batch.ids[targets, None])
+    loss = -own[~batch.taught].sum()
+    known, wanted = logprobs[batch.taught].gather(-1, batch.choices), batch.choice_logprobs
     wanted, known = (torch.cat([one, _rest(one)], dim=-1) for one in (wanted, known))
-    return (wanted.exp() * (wanted - known)).sum(), len(targets)
+    loss = loss + (wanted.exp() * (wanted - known)).sum()
+    if batch.rivals.shape[1]:
+        right, wrong = (_logprob(model, hidden, batch.ids, places) for places in batch.rivals)
+        loss = loss + weight * F.relu(margin - (right - wrong)).sum()
+    return loss, len(targets)
+
+
+def _logprob(
+    model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"], ids: Int[Tensor, " tokens"],
+    places: Int[Tensor, " chosen"],
+) -> Float[Tensor, " chosen"]:  # fmt: skip
+    """Of the tokens at these places."""
+    return -F.cross_entropy(output_logits(model, hidden[places - 1]).float(), ids[places], reduction="none")
 
 
 def _rest(logprobs: Float[Tensor, "targets choices"]) -> Float[Tensor, "targets 1"]:

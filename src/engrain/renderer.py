@@ -51,6 +51,15 @@ class Choices:
     """Nats, of the same shape."""
 
 
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """Another context under which some of a row's tokens would be wrong, such as its own with one rule edited."""
+
+    context: Context
+    changed: Sequence[bool]
+    """Which of the row's tokens that context would change."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One training sequence. `mask[i]`: token `i` carries loss, that is, it is predicted from those before it."""
@@ -61,6 +70,8 @@ class Row:
     """What the adapter is made for while this row is trained on; a constant source does not look."""
     choices: Choices | None = None
     """For distillation."""
+    rival: Rival | None = None
+    """For the swap margin."""
 
 
 def _failure(reason: str, expected: str, got: str, fix: str) -> RenderError:

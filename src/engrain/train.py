@@ -29,7 +29,7 @@ from engrain.hypernetwork import LearnedSource
 from engrain.learner import Learner, Position, Probe, TrainConfig
 from engrain.metrics import Metrics
 from engrain.model import Base
-from engrain.objective import Objective, masked_nll
+from engrain.objective import Objective, row_loss
 
 if TYPE_CHECKING:
     from engrain.renderer import Row
@@ -51,7 +51,7 @@ def train(
     config: TrainConfig,
     out: Path,
     *,
-    objective: Objective = masked_nll,
+    objective: Objective = row_loss,
     probe: Probe | None = None,
 ) -> TrainResult:
     """Train the base's own weights (`source=None`) or the parameters of an `AdapterSource`, in place.
@@ -143,7 +143,8 @@ def _digest(
     for row in rows:
         context = row.context.digest() if row.context is not None else ""
         taught = b"" if row.choices is None else row.choices.tokens.tobytes() + row.choices.logprobs.tobytes()
-        total.update(array("l", row.ids).tobytes() + bytes(row.mask) + context.encode() + taught + b"|")
+        other = b"" if row.rival is None else row.rival.context.digest().encode() + bytes(row.rival.changed)
+        total.update(array("l", row.ids).tobytes() + bytes(row.mask) + context.encode() + taught + other + b"|")
     return total.hexdigest()
 
 
