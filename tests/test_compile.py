@@ -15,6 +15,7 @@ from engrain.agent import MANIFEST, find_base, load_agent
 from engrain.compile import CompileConfig, compile_workflow
 from engrain.context import Section
 from engrain.errors import InputError, ModelError, WorkflowError
+from engrain.hypernetwork import load_hypernetwork, save_hypernetwork
 from engrain.rollout import Budget, rollout
 from engrain.source import compiled_form
 from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories, write_trajectories
@@ -89,8 +90,15 @@ def test_a_hypernetwork_makes_an_adapter_for_a_tenant_that_was_not_trained(
     tasks = [task.model_copy(update={"tenant": "east"}) for task in islice(workflow.tasks("held_out", 1), 2)]
     done = list(rollout(new, tasks, agent.policy(new), parallel=2, budget=Budget(steps=2)))
     assert all(message.token_ids for run in done for message in run.messages if message.role == "assistant")
+    assert not any("in_prompt" in run.meta for run in done)
     with pytest.raises(InputError, match="only for a context"):
         agent.load()
+
+    strict = load_hypernetwork(out / "hypernetwork", base)
+    strict.novelty.threshold.fill_(-1.0)  # any context is too strange
+    save_hypernetwork(out / "hypernetwork", strict, base)
+    again = list(rollout(new, tasks, agent.policy(new), parallel=2, budget=Budget(steps=2)))
+    assert all("novelty" in run.meta["in_prompt"] and "Sundays" in run.messages[0].content for run in again)
 
 
 def test_a_hypernetwork_of_one_tenant_is_refused(library: Path, runs: Path, tiny_base: Path, tmp_path: Path) -> None:

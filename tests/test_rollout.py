@@ -532,3 +532,12 @@ def test_a_tool_without_state_is_called_without_it() -> None:
     echo = Tool("find_order", "Find.", '{"type": "object"}', lambda **arguments: arguments)
     run = one(scripted(call("find_order", a=1), say("ok")), source=replace(workflow, tools=(echo, *workflow.tools[1:])))
     assert run.messages[3].content == '{"a": 1}'
+
+
+def test_a_policy_may_ask_for_the_context_in_the_prompt_and_the_trajectory_says_why() -> None:
+    policy = Each(teach)
+    policy.in_prompt = lambda task: "novelty 3 is over 1" if task.id == TASKS[0].id else ""  # type: ignore[attr-defined]
+    asked, other = sorted(rollout(workflow, TASKS[:2], policy), key=lambda run: run.task != TASKS[0].id)
+    assert asked.meta["in_prompt"] == "novelty 3 is over 1" and "in_prompt" not in other.meta
+    assert asked.messages[0].content == workflow.system(TASKS[0].tenant, "full") and asked.tools != "[]"
+    assert other.messages[0].content == workflow.system(TASKS[1].tenant, "none") and other.tools == "[]"

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from engrain.adapter import Adapter
     from engrain.context import Context
     from engrain.engine import CompiledPolicy
+    from engrain.hypernetwork import LearnedSource
     from engrain.model import Base
     from engrain.policy import Episode
     from engrain.renderer import Renderer
+    from engrain.task import Task
     from engrain.workflow import Workflow
 
 FORMAT = "engrain.agent/1"
@@ -149,42 +151,32 @@ class Agent:
     def policy(self, workflow: Workflow, parallel: int = 16, *, compiled: bool = True) -> CompiledPolicy:
         """The agent, or with `compiled=False` the bare base, as a policy for so many episodes at a time.
 
-        The workflow tells a hypernetwork its tenants' rules; it may have tenants that training never saw.
+        The workflow tells a hypernetwork its tenants' rules; it may have tenants that training never saw. Rules that
+        are too far from what it learnt from go into the prompt of the bare base, and the trajectory says so.
         """
-        if not compiled or self.manifest.kind == "hypernetwork":
-            base = self.load_base()
-            adapters = self.adapters(base) if compiled else None
-            own = (lambda episode: adapters(workflow.context(episode.task.tenant))) if adapters else no_adapter
-            return as_policy(base.model, self.renderer, parallel, own)
-        return as_policy(self.load().model, self.renderer, parallel)
+        if not compiled:
+            return as_policy(self.load_base().model, self.renderer, parallel)
+        if self.manifest.kind != "hypernetwork":
+            return as_policy(self.load().model, self.renderer, parallel)
+        base = self.load_base()
+        adapters = self.adapters(base)
 
-    def adapters(self, base: Base) -> Callable[[Context], Adapter]:
-        """A context's adapter, for the base as `load_base` gave it; the same object for the same context.
+        def in_prompt(task: Task) -> str:
+            return adapters.strange(workflow.context(task.tenant))
 
-        Raises `InputError` if the agent has no hypernetwork.
-        """
-        import torch
+        def adapter_of(episode: Episode) -> Adapter | None:
+            return None if in_prompt(episode.task) else adapters(workflow.context(episode.task.tenant))
 
-        from engrain.adapter import unstack
+        return as_policy(base.model, self.renderer, parallel, adapter_of, in_prompt)
+
+    def adapters(self, base: Base) -> Adapters:
+        """What makes adapters for the base as `load_base` gave it. Raises `InputError` if there is no hypernetwork."""
         from engrain.hypernetwork import load_hypernetwork
 
         if self.manifest.kind != "hypernetwork":
             raise InputError(f"{self.path} is a {self.manifest.kind} agent and knows only the tenants that it was "
                              "compiled with; compile with --to hypernetwork")  # fmt: skip
-        source = load_hypernetwork(self.path / HYPERNETWORK, base)
-        made: OrderedDict[str, Adapter] = OrderedDict()
-
-        def adapter_of(context: Context) -> Adapter:
-            digest = context.digest()
-            if digest not in made:
-                with torch.no_grad():
-                    (made[digest],) = unstack(source([context]))
-                if len(made) > MOST_ADAPTERS:
-                    made.popitem(last=False)
-            made.move_to_end(digest)
-            return made[digest]
-
-        return adapter_of
+        return Adapters(load_hypernetwork(self.path / HYPERNETWORK, base))
 
     def digest(self) -> str:
         """Names exactly this agent: the manifest holds the digest of everything else."""
@@ -200,22 +192,49 @@ class Agent:
             )
 
 
-def no_adapter(episode: Episode) -> None:
-    """For a model that is used as it is."""
+class Adapters:
+    """A hypernetwork at work: the same adapter for the same context, and what it is too strange for."""
+
+    def __init__(self, source: LearnedSource) -> None:
+        self._source = source
+        self._made: OrderedDict[str, Adapter] = OrderedDict()
+        self._strange: dict[str, str] = {}
+
+    def __call__(self, context: Context) -> Adapter:
+        import torch
+
+        from engrain.adapter import unstack
+
+        digest = context.digest()
+        if digest not in self._made:
+            with torch.no_grad():
+                (self._made[digest],) = unstack(self._source([context]))
+            if len(self._made) > MOST_ADAPTERS:
+                self._made.popitem(last=False)
+        self._made.move_to_end(digest)
+        return self._made[digest]
+
+    def strange(self, context: Context) -> str:
+        """Why the context belongs into the prompt in place of an adapter; empty if it does not."""
+        digest = context.digest()
+        if digest not in self._strange:
+            self._strange[digest] = self._source.strange(context)
+        return self._strange[digest]
 
 
 def as_policy(
     model: PreTrainedModel,
     renderer: Renderer,
     parallel: int = 16,
-    adapter_of: Callable[[Episode], Adapter | None] = no_adapter,
+    adapter_of: Callable[[Episode], Adapter | None] = lambda episode: None,
+    in_prompt: Callable[[Task], str] = lambda task: "",
 ) -> CompiledPolicy:
     """A model as a policy for so many episodes at a time: greedy, with calls constrained to the tools' schemas."""
     from engrain.engine import CompiledPolicy, Engine
 
     longest = min(LONGEST_CONTEXT, getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT))
     engine = Engine(model, renderer, renderer.tokenizer, parallel=parallel, max_context=longest)
-    return CompiledPolicy(engine, adapter_of=adapter_of)
+    return CompiledPolicy(engine, adapter_of=adapter_of, in_prompt=in_prompt)
 
 
 def load_agent(path: Path | str) -> Agent:

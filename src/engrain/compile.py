@@ -265,6 +265,8 @@ def _train(
         seed=config.seed,
     )
     result = train(base, source, rows, training, work.claim() / "train")
+    if isinstance(source, Hypernetwork):
+        source.learnt_from([row.context for row in rows if row.context is not None])
     return source, result
 
 

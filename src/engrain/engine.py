@@ -29,6 +29,7 @@ from engrain.kv_cache import WIDEST_TOGETHER, KVCache, Line, Step, attending, co
 from engrain.model import adapted
 from engrain.policy import Episode
 from engrain.renderer import Renderer
+from engrain.task import Task
 from engrain.tool import Tool
 from engrain.trajectory import Message
 from engrain.turn import GREEDY, LONGEST_TURN, Completion, Lookup, Request, Sampling, Turn
@@ -315,9 +316,10 @@ class CompiledPolicy:
         constrained: bool = True,
         max_new: int = LONGEST_TURN,
         adapter_of: Callable[[Episode], Adapter | None] = lambda episode: None,
+        in_prompt: Callable[[Task], str] = lambda task: "",
     ) -> None:
         self.engine, self.constrained, self.max_new = engine, constrained, max_new
-        self._adapter_of = adapter_of
+        self._adapter_of, self.in_prompt = adapter_of, in_prompt
         self._grammars: dict[tuple[Tool, ...], str] = {}
 
     def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:

@@ -30,6 +30,7 @@ from engrain.errors import InputError, ModelError
 from engrain.files import replacing_directory
 from engrain.layers import KINDS, Heads, Reader, SiteLatents, residual_mlp
 from engrain.model import Base
+from engrain.novelty import Novelty
 
 SCHEMA = "engrain.hypernetwork/1"
 Sites = Mapping[str, tuple[int, int]]
@@ -57,6 +58,7 @@ class LearnedSource(nn.Module):
         super().__init__()
         self.encoder, self.sites, self.settings = encoder, dict(sites), settings or self.defaults
         self.shared = ConstantAdapter(sites, self.settings.shared_rank)
+        self.novelty = Novelty(encoder.width)
 
     @abstractmethod
     def forward(self, contexts: Sequence[Context]) -> Adapter:
@@ -69,6 +71,15 @@ class LearnedSource(nn.Module):
             part = name.split(".")[0]
             groups[part if part in groups else "trunk"].append(parameter)
         return groups
+
+    def learnt_from(self, contexts: Sequence[Context]) -> None:
+        """Tell a trained source what it was trained on, for `strange`."""
+        self.novelty.fit(self.encoder, contexts)
+
+    def strange(self, context: Context) -> str:
+        """Why this context should not be left to an adapter; empty if it may be."""
+        score, threshold = self.novelty(self.encoder, context), float(self.novelty.threshold)
+        return f"novelty {score:.2f} is over {threshold:.2f}" if score > threshold else ""
 
     def features(self, rules: Sequence[Rule]) -> Features:
         return self.encoder(rules).to(self._device())

@@ -41,6 +41,8 @@ class Episode:
 
 @runtime_checkable
 class Policy(Protocol):
+    """It may also have a `name`, and `in_prompt(task)`: why the context belongs into this task's prompt, else ""."""
+
     def __call__(self, episodes: Sequence[Episode], /) -> Sequence[Message | Exception]:
         """One assistant turn an episode, or the reason why there is none."""
         ...

@@ -164,8 +164,11 @@ class _Loop:
         )
         run = _Run(workflow, Episode(task, trajectory, Phase("", "", ()), ()))
         try:
-            run.system = workflow.system(task.tenant, self.instructions)
-            trajectory.tools = workflow.schemas(self.instructions)
+            instructions = self.instructions
+            if reason := getattr(self.policy, "in_prompt", lambda task: "")(task):
+                instructions, trajectory.meta["in_prompt"] = "full", reason
+            run.system = workflow.system(task.tenant, instructions)
+            trajectory.tools = workflow.schemas(instructions)
             run.state = workflow.open(task)
             run.opened = True
         except Exception as error:
