@@ -32,9 +32,9 @@ def recipe() -> ModuleType:
 
 def test_the_rules_are_the_context_and_no_longer_in_the_prompt() -> None:
     for stage in data.STAGES:
-        for trajectory, context in data.examples(stage, 3, 8):
-            system = trajectory.messages[0].content
-            (section,) = context.sections
+        for example in data.examples(stage, 3, 8):
+            system = example.trajectory.messages[0].content
+            (section,) = example.context.sections
             assert section.rules and section.name in system
             assert not any(rule in system for rule in section.rules)
             assert "Rules of" not in system
@@ -49,9 +49,23 @@ def test_a_stage_leaves_out_tenants_with_more_rules_and_the_seed_decides() -> No
 
 
 def test_prompts_without_rules_are_refused() -> None:
-    (trajectory, _), *_ = data.examples(data.STAGES[0], 1, 1)
+    example, *_ = data.examples(data.STAGES[0], 1, 1)
     with pytest.raises(ValueError, match="no rules"):
-        data.told(trajectory)
+        data.told(example.trajectory)
+
+
+def test_an_edit_changes_one_rule_and_the_row_parts_where_its_value_does() -> None:
+    tokenizer = load_base(bundled_base()).tokenizer
+    made = data.rows(Renderer(tokenizer), data.STAGES[0], 4, 20_000)
+    rivals = [row for row in made if row.rival is not None]
+    assert len(rivals) > 0.6 * len(made)  # a rule that is drawn again may be the same
+    for row in rivals:
+        assert row.context is not None and row.rival is not None
+        own, other = set(row.context.rules), set(row.rival.context.rules)
+        assert len(own - other) <= 1 and len(other - own) <= 1 and own != other
+        (parting,) = [n for n, changed in enumerate(row.rival.changed) if changed]
+        line = str(tokenizer.decode(row.ids[:parting])).rpartition("\n")[2]
+        assert row.mask[parting] and ": " in line
 
 
 def test_lines_are_right_only_where_every_token_is() -> None:

@@ -444,6 +444,20 @@ def test_a_full_disk_stops_the_run_and_keeps_the_earlier_checkpoint(
 # What a run says, and what it refuses
 
 
+def test_training_ends_early_when_a_probe_found_enough(tmp_path: Path) -> None:
+    config = replace(CONFIG, tokens=6000, threads=1, probe_every_steps=2)
+    ours, rows = Base(tiny("llama"), PreTrainedTokenizerBase(), "tiny"), random_rows(40)
+    found: list[int] = []
+
+    def probe(step: int, model: PreTrainedModel) -> dict[str, float]:
+        found.append(step)
+        return {"right": step / 4}
+
+    result = train(ours, None, rows, config, tmp_path, probe=probe, enough=lambda values: values["right"] >= 1)
+    assert found == [2, 4] and result.steps == 4 and result.tokens < 6000
+    assert [line for line in (tmp_path / "checkpoints").iterdir() if "4" in line.name]
+
+
 def test_a_probe_is_logged_and_changes_nothing(tmp_path: Path) -> None:
     seen: list[tuple[bool, str | None]] = []
 

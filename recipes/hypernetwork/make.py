@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from rules_apart import STAGES, Stage, rows, tokens_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base"))
 
 import amx_attention
+from transformers import PreTrainedModel
 from worlds.catalogue import HELD_OUT, TRAINED
 
 from engrain.agent import bundled_base
@@ -39,9 +41,14 @@ from engrain.train import TrainConfig, train
 
 UNSEEN = 9_000
 """Seeds from here on are of the tenants that are asked about after each stage."""
+LOOK_EVERY, WATCHED = 50, 12
+"""Steps between two looks at so many rows of unseen tenants, of other seeds than those that are reported."""
+ENOUGH = 0.95
+"""Share of lines right under the right rules that ends a stage early, but for the last."""
 Arm = Callable[[Row, Row], Context]
 ARMS: dict[str, Arm] = {
     "right": lambda row, other: row.context or Context(),
+    "edited": lambda row, other: row.rival.context if row.rival else row.context or Context(),
     "another's": lambda row, other: other.context or Context(),
     "none": lambda row, other: Context(),
 }
@@ -50,11 +57,11 @@ ARMS: dict[str, Arm] = {
 def lines_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], arm: Arm) -> float:
     """The share of the masked lines whose every token would be the likeliest, given what stands before it."""
     (newline,) = base.tokenizer.encode("\n", add_special_tokens=False)
-    right = total = 0
+    right, total, training = 0, 0, source is not None and source.training
     if source is not None:
         source.eval()
     for row, other in zip(asked, [*asked[1:], asked[0]], strict=True):
-        batch = collate([replace(row, context=arm(row, other))])
+        batch = collate([replace(row, context=arm(row, other), rival=None)])
         with torch.no_grad(), attention(base.model, PACKED):
             if source is None:
                 hidden = packed_hidden(base.model, batch)
@@ -70,17 +77,31 @@ def lines_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], 
             line = line and at
             if token == newline:
                 right, total, line = right + line, total + 1, True
+    if source is not None:
+        source.train(training)
     return right / max(total, 1)
+
+
+def unseen(
+    renderer: Renderer, stage: Stage, asked: int, families: tuple[str, ...] = TRAINED, seed: int = UNSEEN
+) -> list[Row]:
+    """Rows of tenants that training does not meet."""
+    held = rows(renderer, stage, seed, asked * 3000, families)
+    return random.Random(0).sample(held, min(asked, len(held)))
 
 
 def report(base: Base, source: LearnedSource, stage: Stage, asked: int) -> dict[str, dict[str, float]]:
     renderer, found = Renderer(base.tokenizer), dict[str, dict[str, float]]()
     for split, families in (("unseen tenants", TRAINED), ("unseen families", HELD_OUT)):
-        held = rows(renderer, stage, UNSEEN, asked * 3000, families)
-        chosen = random.Random(0).sample(held, min(asked, len(held)))
+        chosen = unseen(renderer, stage, asked, families)
         found[split] = {name: lines_right(base, source, chosen, arm) for name, arm in ARMS.items()}
         found[split]["base alone"] = lines_right(base, None, chosen, ARMS["none"])
     return found
+
+
+def passed(stage: Stage, found: Mapping[str, float]) -> bool:
+    """Whether a stage has taught what it is for; the last goes on to its end."""
+    return stage is not STAGES[-1] and found["right"] >= ENOUGH
 
 
 def show(found: dict[str, dict[str, float]], title: str) -> None:
@@ -115,8 +136,17 @@ def main(
         folder = work / stage.name
         if not (folder / "done" / "hypernetwork.json").exists():
             budget = tokens_of(stage, tokens)
-            config = TrainConfig(tokens=budget, batch_tokens=8192, lr=lr, seed=seed, threads=2)
-            result = train(loaded, source.train(), rows(renderer, stage, seed, budget), config, folder)
+            config = TrainConfig(
+                tokens=budget, batch_tokens=8192, lr=lr, seed=seed, threads=2, probe_every_steps=LOOK_EVERY
+            )
+            made, watched = rows(renderer, stage, seed, budget), unseen(renderer, stage, WATCHED, seed=UNSEEN + 1)
+
+            def look(step: int, model: PreTrainedModel, watched: list[Row] = watched) -> dict[str, float]:
+                return {name: lines_right(loaded, source, watched, ARMS[name]) for name in ("right", "edited")}
+
+            enough = partial(passed, stage)
+            result = train(loaded, source.train(), made, config, folder, probe=look, enough=enough)
+            source.learnt_from([row.context for row in made if row.context is not None])
             found = report(loaded, source, stage, asked)
             with replacing(folder / "result.json") as file:
                 json.dump({**asdict(result), "lines right": found}, file, indent=1)

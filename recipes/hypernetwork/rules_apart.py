@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 
 from engrain import markdown
 from engrain.context import Context, Section
+from engrain.contrast import contrasted
 from engrain.renderer import Renderer, Row
 from engrain.trajectory import Trajectory
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from worlds.catalogue import TRAINED
 from worlds.disguise import DISGUISED
 from worlds.drawing import KINDS
-from worlds.drills import drills
+from worlds.drills import edited_drills
 from worlds.trajectories import Depths, trajectories
 
 PROFILE = "\n\nRules of "
@@ -72,33 +73,50 @@ def told(trajectory: Trajectory) -> tuple[Trajectory, Context]:
     return trajectory.model_copy(update={"messages": [prompt, *rest]}), context
 
 
-def examples(
-    stage: Stage, seed: int, number: int, families: tuple[str, ...] = TRAINED
-) -> Iterator[tuple[Trajectory, Context]]:
+@dataclass(frozen=True)
+class Example:
+    trajectory: Trajectory
+    context: Context
+    edited: tuple[Trajectory, Context] | None = None
+    """What it is after an edit of one rule."""
+
+
+def examples(stage: Stage, seed: int, number: int, families: tuple[str, ...] = TRAINED) -> Iterator[Example]:
     """`number` drills and trajectories, rules apart, less those without rules; the same for the same seed."""
     drilled = round(number * stage.drills)
+    for before, after in edited_drills(seed, drilled, families, stage.kinds):
+        if (pair := _told(before)) is not None:
+            yield Example(*pair, edited=_told(after))
     depths = Depths(full=1.0, part=0.0, small=1.0, disguised=DISGUISED)
-    made = chain(
-        drills(seed, drilled, families=families, only="rules", ruled=stage.kinds),
-        trajectories(seed, number - drilled, depths, families=families),
-    )
-    for one in made:
-        if PROFILE in one.messages[0].content and (pair := told(one))[1].rules:
-            yield pair
+    for one in trajectories(seed, number - drilled, depths, families=families):
+        if (pair := _told(one)) is not None:
+            yield Example(*pair)
+
+
+def _told(trajectory: Trajectory) -> tuple[Trajectory, Context] | None:
+    """As `told`; None for a tenant without rules."""
+    pair = told(trajectory) if PROFILE in trajectory.messages[0].content else None
+    return pair if pair is not None and pair[1].rules else None
 
 
 def rows(renderer: Renderer, stage: Stage, seed: int, tokens: int, families: tuple[str, ...] = TRAINED) -> list[Row]:
-    """Rows with contexts, about so many tokens of them."""
+    """Rows with contexts, about so many tokens of them; those of drills have their edit as a rival."""
     made: list[Row] = []
     held = 0
     for number in count():
-        for trajectory, context in examples(stage, seed * 100_000 + number, PER_SEED, families):
-            if len(context.rules) > stage.most_rules:
+        for example in examples(stage, seed * 100_000 + number, PER_SEED, families):
+            if len(example.context.rules) > stage.most_rules:
                 continue
-            for row in renderer.rows(trajectory):
-                if len(row.ids) <= stage.longest:
-                    made.append(replace(row, context=context))
-                    held += len(row.ids)
+            (row,) = _rendered(renderer, example.trajectory, example.context)
+            if example.edited is not None:
+                row = contrasted(row, *_rendered(renderer, *example.edited))
+            if len(row.ids) <= stage.longest:
+                made.append(row)
+                held += len(row.ids)
         if held >= tokens:
             return made
     raise AssertionError("there are seeds without end")
+
+
+def _rendered(renderer: Renderer, trajectory: Trajectory, context: Context) -> list[Row]:
+    return [replace(row, context=context) for row in renderer.rows(trajectory)]

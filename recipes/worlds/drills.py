@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engrain.errors import ToolFailure
@@ -26,7 +26,7 @@ from worlds.language import blended, compared, date_of, made_up
 from worlds.openings import opened
 from worlds.spec import Do, Jump, Ref, Stop
 from worlds.store import Store
-from worlds.tasks import Rules, make_task, walk, write_rules
+from worlds.tasks import Rules, make_task, redrawn, walk, write_rules
 from worlds.workflow import tenants, workflow
 from worlds.world import World
 
@@ -60,9 +60,13 @@ class Desk:
 
     @property
     def profile(self) -> str:
-        return f"Rules of {self.tenant}:\n" + "\n".join(
-            f"- {one}" for one in write_rules(self.world, self.said, self.rng)
-        )
+        """Its bullets in any order; a rule is always worded alike."""
+        bullets = [
+            f"- {bullet}"
+            for name in self.said
+            for bullet in write_rules(self.world, {name: self.said[name]}, random.Random(f"{self.world.seed}/{name}"))
+        ]
+        return "\n".join([f"Rules of {self.tenant}:", *self.rng.sample(bullets, len(bullets))])
 
 
 def drills(
@@ -80,12 +84,7 @@ def drills(
     rng = random.Random(f"drills/{seed}")
 
     def desk(size: tuple[int, int], share: float = DISGUISED) -> Desk:
-        of = family(rng.choice(families))
-        if rng.random() < share:
-            of = disguised(of, rng, english.words)
-        world = draw(opened(of, rng), rng.randrange(10**9), size)
-        ((tenant, said),) = tenants(world, rng.randrange(10**9), 1).items()
-        return Desk(world, tenant, said, rng)
+        return _desk(rng, english, families, size, share)
 
     kinds: dict[str, tuple[int, Callable[[], Drill]]] = {
         "decide": (4, lambda: decide(desk((1, 4)))),
@@ -104,12 +103,40 @@ def drills(
         system, asked, answer = kinds[kind][1]()
         while not answer:  # nothing in that world is decided
             system, asked, answer = kinds[kind][1]()
-        messages = [
-            Message(role="system", content=system),
-            Message(role="user", content=asked),
-            Message(role="assistant", content=answer),
-        ]
-        yield Trajectory(id=name, messages=messages, kind=kind, teacher="drill")
+        yield _trajectory(name, kind, (system, asked, answer))
+
+
+def edited_drills(
+    seed: int, count: int, families: Sequence[str] = TRAINED, ruled: tuple[int, int] = KINDS
+) -> Iterator[tuple[Trajectory, Trajectory]]:
+    """Drills in rules, each beside what it is after an edit of one rule that it asks for."""
+    rng = random.Random(f"edited/{seed}")
+    for number in range(count):
+        name, desk = f"edited-{seed}-{number}", _desk(rng, NONE, families, ruled, DISGUISED)
+        while not desk.said:
+            desk = _desk(rng, NONE, families, ruled, DISGUISED)
+        before, after = edited_rules(desk)
+        yield _trajectory(name, "rules", before), _trajectory(f"{name}-after", "rules", after)
+
+
+def _desk(rng: random.Random, english: English, families: Sequence[str], size: tuple[int, int], share: float) -> Desk:
+    """Of a world with so many kinds of request (from, to); a share of them are in other words than their family's."""
+    of = family(rng.choice(families))
+    if rng.random() < share:
+        of = disguised(of, rng, english.words)
+    world = draw(opened(of, rng), rng.randrange(10**9), size)
+    ((tenant, said),) = tenants(world, rng.randrange(10**9), 1).items()
+    return Desk(world, tenant, said, rng)
+
+
+def _trajectory(name: str, kind: str, drill: Drill) -> Trajectory:
+    system, asked, answer = drill
+    messages = [
+        Message(role="system", content=system),
+        Message(role="user", content=asked),
+        Message(role="assistant", content=answer),
+    ]
+    return Trajectory(id=name, messages=messages, kind=kind, teacher="drill")
 
 
 def calls(desk: Desk, name: str) -> Trajectory:
@@ -221,14 +248,39 @@ def steps(desk: Desk) -> Drill:
 
 def rules(desk: Desk) -> Drill:
     """Rules asked for by name, as the notes write them; those that depend on a word, for one record after the other."""
-    world, asked, records, lines = desk.world, list[str](), list[str](), list[str]()
+    return _ruled(desk, _asked_rules(desk))
+
+
+def edited_rules(desk: Desk) -> tuple[Drill, Drill]:
+    """A drill in rules, and the same after one rule that it asks for was drawn again."""
+    asked = _asked_rules(desk)
+    name = desk.rng.choice([name for _, names in asked for name in names])
+    after = replace(desk, said=redrawn(desk.world, desk.said, name, desk.rng))
+    return _ruled(desk, asked), _ruled(after, asked)
+
+
+Known = dict[str, Any]
+"""The words of a record, by path."""
+
+
+def _asked_rules(desk: Desk) -> list[tuple[Known, list[str]]]:
+    """Records, each with the rules that are asked for it; the first has any rules, the others those that depend."""
+    world = desk.world
     depending = {rule: paths for rule in world.used_rules if (paths := list(world.decided_by(rule)))}
     paths = dict.fromkeys(path for of in depending.values() for path in of)
+    asked: list[tuple[Known, list[str]]] = []
     for place in range(desk.rng.randint(3, 5) if depending else 1):
         known = {path: desk.rng.choice(world.options(path)) for path in paths}
-        clerk = Clerk(world, desk.task(1), lambda *_: {}, known=known)
         names = list(depending) if place else world.used_rules
-        names = desk.rng.sample(names, min(len(names), 10))
+        asked.append((known, desk.rng.sample(names, min(len(names), 10))))
+    return asked
+
+
+def _ruled(desk: Desk, places: Sequence[tuple[Known, Sequence[str]]]) -> Drill:
+    world, asked, records, lines = desk.world, list[str](), list[str](), list[str]()
+    task = Task(id="drill", request="", tenant=desk.tenant, goal={"rules": desk.said})
+    for place, (known, names) in enumerate(places):
+        clerk = Clerk(world, task, lambda *_: {}, known=known)
         asked += [f"{mark(place)} {world.rule_text(name)}" for name in names]
         records.append(f"{mark(place)} {json.dumps({world.shown[path]: word for path, word in known.items()})}")
         lines += [mark(place), *map(clerk.rule, names)]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any
 
 from engrain.probe import Capability, Gate, NextTurn, Trial, WholeTask
 from engrain.rollout import Budget
@@ -25,7 +24,7 @@ from worlds.catalogue import HELD_OUT, TRAINED, family
 from worlds.clerk import expected
 from worlds.drawing import draw
 from worlds.spec import Jump, Over, Stop
-from worlds.tasks import Rules, draw_rules, walk
+from worlds.tasks import Rules, redrawn, walk
 from worlds.trajectories import UNSEEN
 from worlds.workflow import tenants, workflow
 from worlds.world import World
@@ -139,20 +138,11 @@ def edited(place: Place, task: Task, made: int) -> WholeTask | None:
     world, rules, rng = place.world, task.goal["rules"], _rng(place, task)
     right = expected(world, task)
     for name in rng.sample(list(rules), len(rules)) * REDRAWN:
-        changed = {**rules, name: _redrawn(rules[name], draw_rules(world, rng)[name], rng)}
+        changed = redrawn(world, rules, name, rng)
         after = task.model_copy(update={"goal": {**task.goal, "rules": changed}})
         if expected(world, after) != right:
             return WholeTask(workflow(world, {**place.rules, task.tenant: changed}), after)
     return None
-
-
-def _redrawn(said: Any, drawn: Any, rng: random.Random) -> Any:
-    """A rule's new value; of one with several values, one is new."""
-    if not isinstance(said, Mapping):
-        return drawn
-    shared = [word for word in said if word in drawn]
-    word = rng.choice(shared) if shared else ""
-    return {**said, word: drawn[word]} if shared else said
 
 
 def _rng(place: Place, task: Task) -> random.Random:

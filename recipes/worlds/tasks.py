@@ -72,6 +72,16 @@ def _drawn(world: World, name: str, rule: Rule, rng: random.Random) -> Any:
     return one()
 
 
+def redrawn(world: World, rules: Rules, name: str, rng: random.Random) -> dict[str, Any]:
+    """The rules with one drawn again, which may leave it as it was; of several values that it has, one is drawn."""
+    said, drawn = rules[name], _drawn(world, name, world.rules[name], rng)
+    if isinstance(said, Mapping):
+        shared = [word for word in said if word in drawn]
+        word = rng.choice(shared) if shared else ""
+        drawn = {**said, word: drawn[word]} if shared else said
+    return {**rules, name: drawn}
+
+
 def write_rules(world: World, rules: Rules, rng: random.Random) -> list[str]:
     """The bullets of a profile, in random order and wording."""
     bullets: list[str] = []

@@ -51,7 +51,7 @@ class Choices:
     """Nats, of the same shape."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Rival:
     """Another context under which some of a row's tokens would be wrong, such as its own with one rule edited."""
 

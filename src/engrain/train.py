@@ -13,11 +13,11 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,13 @@ def train(
     *,
     objective: Objective = row_loss,
     probe: Probe | None = None,
+    enough: Callable[[Mapping[str, Any]], bool] = lambda found: False,
 ) -> TrainResult:
     """Train the base's own weights (`source=None`) or the parameters of an `AdapterSource`, in place.
 
-    Writes `metrics.jsonl` and `checkpoints/` under `out`, and resumes from what is there. Ctrl-C saves a checkpoint and
-    raises `KeyboardInterrupt`. The caller saves the result (`save_base`, `save_peft`).
+    It ends after its tokens, or once what the probe found is `enough`. Writes `metrics.jsonl` and `checkpoints/` under
+    `out`, and resumes from what is there. Ctrl-C saves a checkpoint and raises `KeyboardInterrupt`. The caller saves
+    the result (`save_base`, `save_peft`).
     """
     if not any(any(row.mask[1:]) for row in rows):
         raise InputError(f"none of {len(rows)} rows has a trained token; check the data and the loss mask")
@@ -94,6 +96,8 @@ def train(
             metrics.show(at.tokens, at.loss, (at.tokens - first) / (now - began))
             if probe is not None and probe_due(at.step) and (values := learner.look(probe, at.step)):
                 metrics.write({"step": at.step, "tokens": at.tokens, **values})
+                if enough(values):
+                    break
             if save_due(at.step):
                 save_checkpoint(folder, learner.checkpoint(at, digest))
                 saved = at.step
