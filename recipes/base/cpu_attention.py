@@ -1,6 +1,7 @@
-"""Packed attention for CPUs with AMX: what `engrain.model.packed_attention` computes, several times faster.
+"""Packed attention for CPUs with AMX or AVX-512's bf16: what `engrain.model.packed_attention` computes, twice to four
+times faster.
 
-torch's own flash attention on CPU takes half of a training step. `use()` compiles `amx_attention.cpp` (a C++ compiler
+torch's own flash attention on CPU takes half of a training step. `use()` compiles `cpu_attention.cpp` (a C++ compiler
 and ninja, half a minute, once) and puts it in the place of the packed attention for this process. It rounds otherwise.
 
 Not covered: values that are not bf16, heads of another size than 64, grouped queries and sliding windows, which go the
@@ -56,18 +57,20 @@ def deviation(kernel: Any, lengths: Sequence[int]) -> float:
 
 
 def built() -> Any:
-    """The compiled kernel; None where the CPU has no AMX."""
-    source = Path(__file__).with_name("amx_attention.cpp")
-    kernel: Any = load("amx_attention", [str(source)], extra_cflags=["-O3", *(f"-m{one}" for one in NEEDED)])
+    """The compiled kernel; None where the CPU has no bf16 instructions."""
+    source = Path(__file__).with_name("cpu_attention.cpp")
+    kernel: Any = load("cpu_attention", [str(source)], extra_cflags=["-O3", *(f"-m{one}" for one in NEEDED)])
     return kernel if kernel.available() else None
 
 
 def use() -> bool:
-    """Attend with the kernel from now on; False where the CPU has no AMX."""
+    """Attend with the kernel from now on; False where the CPU has no bf16 instructions."""
     if (kernel := built()) is None:
         return False
     if (error := deviation(kernel, (70, 3, 64, 129))) > 0.02:
-        raise EngrainError(f"attention with AMX differs from torch's by {error:.2g} of its size; train without --amx")
+        raise EngrainError(
+            f"our attention differs from torch's by {error:.2g} of its size; train without --own-attention"
+        )
 
     @torch.compiler.disable
     def attend(

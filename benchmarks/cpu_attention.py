@@ -1,7 +1,7 @@
-"""Attention with AMX (`recipes/base/amx_attention.cpp`) against torch's own, one row, one thread.
+"""Our attention for CPUs with bf16 (`recipes/base/cpu_attention.cpp`) against torch's, one row, one thread.
 
-`python benchmarks/amx_attention.py` prints milliseconds forward and backward for 3 heads of 64, and how far either is
-from fp32. Needs a CPU with AMX, a C++ compiler and ninja.
+`python benchmarks/cpu_attention.py` prints milliseconds forward and backward for 3 heads of 64, and how far either is
+from fp32. Needs a CPU with AMX or AVX-512's bf16, a C++ compiler and ninja.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "base"))
 
-import amx_attention
+import cpu_attention
 
 
 def best(run: Any, times: int = 5) -> float:
@@ -33,10 +33,10 @@ def best(run: Any, times: int = 5) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    kernel = amx_attention.built()
+    kernel = cpu_attention.built()
     if kernel is None:
-        sys.exit("this CPU has no AMX")
-    table = Table("tokens", "torch forward", "AMX forward", "torch backward", "AMX backward", "AMX against fp32")
+        sys.exit("this CPU has no bf16 instructions")
+    table = Table("tokens", "torch forward", "our forward", "torch backward", "our backward", "ours against fp32")
     for tokens in (256, 1024, 4096, 8192):
         states = [torch.randn(tokens, 3, 64).bfloat16() for _ in range(4)]
         q, k, v, weight = states
@@ -52,7 +52,7 @@ def main() -> None:
             best(lambda: seen.backward(upstream, retain_graph=True)),  # noqa: B023
             best(lambda: kernel.backward(weight, q, k, v, out, log_sums, rows, 0.125)),  # noqa: B023
         )
-        table.add_row(str(tokens), *(f"{one:.1f} ms" for one in times), f"{amx_attention.deviation(kernel, rows):.4f}")
+        table.add_row(str(tokens), *(f"{one:.1f} ms" for one in times), f"{cpu_attention.deviation(kernel, rows):.4f}")
     Console().print(table)
 
 
