@@ -1,5 +1,4 @@
-"""Packed attention for CPUs with AMX or AVX-512's bf16: what `engrain.model.packed_attention` computes, twice to four
-times faster.
+"""Packed attention for CPUs with AMX or AVX-512's bf16: `engrain.model.packed_attention`, two to four times faster.
 
 torch's own flash attention on CPU takes half of a training step. `use()` compiles `cpu_attention.cpp` (a C++ compiler
 and ninja, half a minute, once) and puts it in the place of the packed attention for this process. It rounds otherwise.
