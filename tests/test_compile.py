@@ -16,8 +16,9 @@ from engrain.compile import CompileConfig, compile_workflow
 from engrain.context import Section
 from engrain.errors import InputError, ModelError, WorkflowError
 from engrain.hypernetwork import load_hypernetwork, save_hypernetwork
+from engrain.policy import Episode
 from engrain.rollout import Budget, rollout
-from engrain.source import compiled_form
+from engrain.source import by_phase, compiled_form
 from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories, write_trajectories
 from engrain.work import work_directory
 from engrain.workflow import load_workflow
@@ -99,6 +100,34 @@ def test_a_hypernetwork_makes_an_adapter_for_a_tenant_that_was_not_trained(
     save_hypernetwork(out / "hypernetwork", strict, base)
     again = list(rollout(new, tasks, agent.policy(new), parallel=2, budget=Budget(steps=2)))
     assert all("novelty" in run.meta["in_prompt"] and "Sundays" in run.messages[0].content for run in again)
+
+
+def test_a_hypernetwork_of_steps_swaps_adapters_between_phases(
+    library: Path, runs: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    workflow = load_workflow(library)
+    whole = [compiled_form(one, workflow) for one in read_trajectories(runs)]
+    for one in whole[:5]:
+        parts = dict(by_phase(one, workflow))
+        trained = [
+            turn for part in parts.values() for turn in part.messages if turn.role == "assistant" and turn.trained
+        ]
+        turns = [message for message in one.messages if message.role == "assistant"]
+        assert sorted(map(str, trained)) == sorted(map(str, turns))
+        assert all(part.messages[-1].trained for part in parts.values()) and len(parts) > 1
+
+    config = CompileConfig(tokens=6000, to="hypernetwork", rank=2, batch_tokens=1024, contexts="step")
+    made = compile_workflow(library, tmp_path / "hyper", config, data=runs, base=tiny_base)
+    assert made.manifest.data.rows > len(whole)
+    policy, used = load_agent(tmp_path / "hyper").policy(workflow), set[tuple[str, int]]()
+    inner = policy._adapter_of
+    policy._adapter_of = lambda episode: used.add((episode.phase.name, id(inner(episode)))) or inner(episode)
+    first, *_ = workflow.phases
+    episode = Episode(next(workflow.tasks("held_out", 1)), whole[0], first, ())
+    for phase in workflow.phases:
+        episode.phase = phase
+        policy._request(episode)
+    assert len(used) == len({adapter for _, adapter in used}) == len(workflow.phases) > 1
 
 
 def test_a_hypernetwork_of_one_tenant_is_refused(library: Path, runs: Path, tiny_base: Path, tmp_path: Path) -> None:

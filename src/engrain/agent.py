@@ -20,7 +20,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -161,11 +161,17 @@ class Agent:
         base = self.load_base()
         adapters = self.adapters(base)
 
+        by_step = self.manifest.config.get("contexts") == "step"
+
         def in_prompt(task: Task) -> str:
-            return adapters.strange(workflow.context(task.tenant))
+            phases = [phase.name for phase in workflow.phases] if by_step else [""]
+            return next(filter(None, (adapters.strange(context_of(task.tenant, phase)) for phase in phases)), "")
 
         def adapter_of(episode: Episode) -> Adapter | None:
-            return None if in_prompt(episode.task) else adapters(workflow.context(episode.task.tenant))
+            task, phase = episode.task, episode.phase.name if by_step else ""
+            return None if in_prompt(task) else adapters(context_of(task.tenant, phase))
+
+        context_of = cache(workflow.step_context if by_step else workflow.context)
 
         return as_policy(base.model, self.renderer, parallel, adapter_of, in_prompt)
 

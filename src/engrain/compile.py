@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -44,16 +45,18 @@ from engrain.errors import InputError, RenderError
 from engrain.files import replacing_directory
 from engrain.policy import ScriptTeacher
 from engrain.record import RecordReport, record
-from engrain.renderer import Renderer, Row, render_dataset
-from engrain.source import Source, compiled_form, given_trajectories, open_source
+from engrain.renderer import Rejected, Renderer, Row, render_dataset
+from engrain.source import Source, by_phase, compiled_form, given_trajectories, open_source
 from engrain.trajectory import Trajectory, read_trajectories
 from engrain.work import Work, work_directory
 
 if TYPE_CHECKING:
     from engrain.adapter import ConstantAdapter
+    from engrain.context import Context
     from engrain.hypernetwork import Hypernetwork
     from engrain.model import Base
     from engrain.train import TrainResult
+    from engrain.workflow import Workflow
 
 
 PROBE = 64
@@ -84,11 +87,16 @@ class CompileConfig:
     least) for about 500 steps."""
     keep_tools: bool = False
     """When compiling from logs: leave the tool schemas in the prompt."""
+    contexts: Literal["tenant", "step"] = "tenant"
+    """What a hypernetwork reads: the tenant's rules; or with these the phase at hand and the tools that it allows. Then
+    each phase has an adapter of its own, and a row."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.to not in LEARNING_RATES:
             raise InputError(f"cannot compile to {self.to!r}: expected {', '.join(LEARNING_RATES)}")
+        if self.contexts not in ("tenant", "step"):
+            raise InputError(f"contexts are of a tenant or of a step, got {self.contexts!r}")
         for name in ("tokens", "rank", "longest", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"expected {name} of at least 1, got {value}")
@@ -207,9 +215,7 @@ def _render(source: Source, trajectories: Sequence[Trajectory], renderer: Render
         if workflow is None or len({one.tenant for one in compiled}) < FEWEST_TENANTS:
             raise InputError(f"a hypernetwork needs runs of a workflow with {FEWEST_TENANTS} tenants or more, since it "
                              "learns from how their rules differ; compile to lora instead")  # fmt: skip
-        rows, rejected = render_dataset(
-            renderer, compiled, max_tokens=config.longest, context_of=lambda one: workflow.context(one.tenant)
-        )
+        rows, rejected = _with_contexts(renderer, compiled, workflow, config)
     else:
         rows, rejected = render_dataset(renderer, compiled, max_tokens=config.longest)
     if not rows:
@@ -227,6 +233,27 @@ def _render(source: Source, trajectories: Sequence[Trajectory], renderer: Render
     )
     sources = sorted({one.meta.get("source", f"runs by {one.teacher or 'an unknown teacher'}") for one in trajectories})
     return Dataset(rows, compiled, list(schemas.values()), summary, "; ".join(sources))
+
+
+def _with_contexts(
+    renderer: Renderer, compiled: Sequence[Trajectory], workflow: Workflow, config: CompileConfig
+) -> tuple[list[Row], Rejected]:
+    if config.contexts == "tenant":
+        return render_dataset(
+            renderer, compiled, max_tokens=config.longest, context_of=lambda one: workflow.context(one.tenant)
+        )
+    by_context: dict[Context, list[Trajectory]] = defaultdict(list)
+    for one in compiled:
+        for phase, part in by_phase(one, workflow):
+            by_context[workflow.step_context(one.tenant, phase)].append(part)
+    rows, rejected = list[Row](), Rejected()
+    for context, parts in by_context.items():
+        made, left_out = render_dataset(
+            renderer, parts, max_tokens=config.longest, context_of=lambda _, context=context: context
+        )
+        rows += made
+        rejected += left_out
+    return rows, rejected
 
 
 # Training

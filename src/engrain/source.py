@@ -6,6 +6,7 @@ Invariant: `compiled_form` is what the agent will meet when it runs, so the inst
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,20 @@ def compiled_form(trajectory: Trajectory, workflow: Workflow | None, *, keep_too
         messages = [system, *(message for message in messages if message.role != "system")]
     tools = trajectory.tools if keep_tools and workflow is None else "[]"
     return trajectory.model_copy(update={"messages": messages, "tools": tools})
+
+
+def by_phase(trajectory: Trajectory, workflow: Workflow) -> Iterator[tuple[str, Trajectory]]:
+    """For each phase that it goes through, the trajectory with loss on that phase's turns only, up to the last."""
+    messages = trajectory.messages
+    turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
+    phases = {n: workflow.phase(messages[:n]).name for n in turns}
+    for phase in dict.fromkeys(phases.values()):
+        kept = [
+            message if phases.get(n, phase) == phase else message.model_copy(update={"trained": False})
+            for n, message in enumerate(messages)
+        ]
+        last = max(n for n in turns if phases[n] == phase)
+        yield phase, trajectory.model_copy(update={"messages": kept[: last + 1]})
 
 
 def _ordered(message: Message, parameters: dict[str, Any]) -> Message:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -107,6 +108,12 @@ class Workflow:
         if tool:
             sections.append(tool_section(_named(tool, {one.name: one for one in self.tools}, "tool").schema()))
         return Context(tuple(sections))
+
+    def step_context(self, tenant: str, phase: str) -> Context:
+        """What bears on one step: the sections of the tenant, the phase and each tool that the phase allows."""
+        allowed = _named(phase, {one.name: one for one in self.phases}, "phase").tools
+        tools = (self.context("", tool=tool).sections for tool in allowed)
+        return Context((*self.context(tenant, phase).sections, *chain.from_iterable(tools)))
 
     def with_tenant(self, section: Section) -> Workflow:
         """The workflow with one more tenant, or with another profile for one that it has."""

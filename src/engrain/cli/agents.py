@@ -23,6 +23,13 @@ AgentPath = Annotated[Path, typer.Argument(help="A directory made by `engrain co
 WorkflowPath = Annotated[Path | None, typer.Option("--workflow", help="The tools' code; by default where it was.")]
 
 
+class Contexts(StrEnum):
+    """The tenant's rules; or with them, at each step, the phase at hand and its tools."""
+
+    tenant = "tenant"
+    step = "step"
+
+
 class Target(StrEnum):
     """What a workflow is compiled to."""
 
@@ -42,6 +49,7 @@ def compile_(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     longest: Annotated[int, typer.Option(help="Leave out longer trajectories, in tokens.", min=1)] = 8192,
     keep_tools: Annotated[bool, typer.Option("--keep-tools", help="From logs: keep schemas in the prompt.")] = False,
+    contexts: Annotated[Contexts, typer.Option(help="What a hypernetwork reads.")] = Contexts.tenant,
     seed: Annotated[int, typer.Option(help="Seed of recording and training.")] = 0,
     with_base: Annotated[bool, typer.Option("--with-base", help="Copy the base into the agent.")] = False,
     json: Json = False,
@@ -53,7 +61,16 @@ def compile_(
 
     terminal.quiet()
     chosen = {} if tokens is None else {"tokens": tokens}
-    config = CompileConfig(to=to.value, rank=rank, lr=lr, longest=longest, keep_tools=keep_tools, seed=seed, **chosen)
+    config = CompileConfig(
+        to=to.value,
+        rank=rank,
+        lr=lr,
+        longest=longest,
+        keep_tools=keep_tools,
+        contexts=contexts.value,
+        seed=seed,
+        **chosen,
+    )
     try:
         with terminal.recording() as on_record:
             agent = compile_workflow(
