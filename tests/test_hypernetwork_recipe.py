@@ -42,8 +42,12 @@ def test_the_rules_are_the_context_and_no_longer_in_the_prompt() -> None:
 
 def test_a_stage_leaves_out_tenants_with_more_rules_and_the_seed_decides() -> None:
     few, renderer = data.STAGES[0], Renderer(load_base(bundled_base()).tokenizer)
-    made = data.rows(renderer, few, 1, 20_000)
-    assert made == data.rows(renderer, few, 1, 20_000) != data.rows(renderer, few, 2, 20_000)
+    made, prompted = data.rows(renderer, few, 1, 20_000)
+    assert (made, prompted) == data.rows(renderer, few, 1, 20_000)
+    assert made != data.rows(renderer, few, 2, 20_000)[0]
+    for row, whole in zip(made, prompted, strict=True):
+        written = [[t for t, bit in zip(one.ids, one.mask, strict=True) if bit] for one in (row, whole)]
+        assert written[0] == written[1] and len(whole.ids) > len(row.ids)
     assert all(row.context and 0 < len(row.context.rules) <= few.most_rules for row in made)
     assert sum(data.tokens_of(stage, 1_200_000) for stage in data.STAGES) == 1_200_000
 
@@ -56,7 +60,7 @@ def test_prompts_without_rules_are_refused() -> None:
 
 def test_an_edit_changes_one_rule_and_the_row_parts_where_its_value_does() -> None:
     tokenizer = load_base(bundled_base()).tokenizer
-    made = data.rows(Renderer(tokenizer), data.STAGES[0], 4, 20_000)
+    made, _ = data.rows(Renderer(tokenizer), data.STAGES[0], 4, 20_000)
     rivals = [row for row in made if row.rival is not None]
     assert len(rivals) > 0.6 * len(made)  # a rule that is drawn again may be the same
     for row in rivals:
@@ -71,10 +75,20 @@ def test_an_edit_changes_one_rule_and_the_row_parts_where_its_value_does() -> No
 def test_lines_are_right_only_where_every_token_is() -> None:
     make = recipe()
     base = load_base(bundled_base())
-    rows = data.rows(Renderer(base.tokenizer), data.STAGES[0], 1, 3_000)[:3]
+    rows = data.rows(Renderer(base.tokenizer), data.STAGES[0], 1, 3_000)[0][:3]
     share = make.lines_right(base, None, rows, make.ARMS["none"])
     assert 0 <= share < 1 and make.ARMS["none"](rows[0], rows[1]) == Context()
     assert make.ARMS["another's"](rows[0], rows[1]) == rows[1].context
     torch.manual_seed(0)
     untrained = make.SOURCES["rule-wise"](make.Cached(make.BaseEncoder(base)), make.sites(base.model))
     assert make.lines_right(base, untrained, rows, make.ARMS["right"]) == share
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_what_no_rule_bears_on_is_taught_by_the_base_itself(distilled: bool) -> None:
+    make, base = recipe(), load_base(bundled_base())
+    made = make.taught(base, data.STAGES[0], 1, 30_000, distilled)
+    others = [row for row in made if row.choices is not None and row.rival is None]
+    rest = [row for row in made if row not in others]
+    assert 0 < len(others) < len(rest) or distilled
+    assert all(row.context for row in made) and all((row.choices is not None) == distilled for row in rest)

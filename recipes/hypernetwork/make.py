@@ -1,7 +1,8 @@
 """Make a hypernetwork for the bundled base: `python recipes/hypernetwork/make.py -o OUT`.
 
 It reads a tenant's rules and writes an adapter with which the base knows them, none in its prompt. Stages are a
-curriculum in the number of rules (`rules_apart.py`). After each it says which share of the lines of unseen tenants
+curriculum in the number of rules and in their words (`rules_apart.py`); each but the last ends once it has taught
+enough. After each it says which share of the lines of unseen tenants
 would be written right, under the right rules, another tenant's and none. Training resumes; the result appears whole.
 """
 
@@ -20,7 +21,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from rules_apart import STAGES, Stage, rows, tokens_of
+from rules_apart import STAGES, UNRELATED, Stage, rows, tokens_of, unrelated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base"))
 
@@ -31,6 +32,7 @@ from worlds.catalogue import HELD_OUT, TRAINED
 from engrain.agent import bundled_base
 from engrain.batch import collate
 from engrain.context import Context
+from engrain.distil import with_choices
 from engrain.encoder import BaseEncoder, Cached
 from engrain.files import replacing
 from engrain.hypernetwork import SOURCES, LearnedSource, Settings, load_hypernetwork, save_hypernetwork
@@ -72,10 +74,10 @@ def lines_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], 
             targets = batch.mask.nonzero()[:, 0]
             likeliest = output_logits(base.model, hidden[targets - 1]).argmax(dim=-1)
         good = (likeliest == batch.ids[targets]).tolist()
-        line = True
-        for token, at in zip(batch.ids[targets].tolist(), good, strict=True):
+        places, line = targets.tolist(), True
+        for place, after, at in zip(places, [*places[1:], -1], good, strict=True):
             line = line and at
-            if token == newline:
+            if batch.ids[place] == newline or after != place + 1:
                 right, total, line = right + line, total + 1, True
     if source is not None:
         source.train(training)
@@ -86,17 +88,35 @@ def unseen(
     renderer: Renderer, stage: Stage, asked: int, families: tuple[str, ...] = TRAINED, seed: int = UNSEEN
 ) -> list[Row]:
     """Rows of tenants that training does not meet."""
-    held = rows(renderer, stage, seed, asked * 3000, families)
+    held, _ = rows(renderer, stage, seed, asked * 3000, families)
     return random.Random(0).sample(held, min(asked, len(held)))
 
 
 def report(base: Base, source: LearnedSource, stage: Stage, asked: int) -> dict[str, dict[str, float]]:
-    renderer, found = Renderer(base.tokenizer), dict[str, dict[str, float]]()
+    renderer, found, chosen = Renderer(base.tokenizer), dict[str, dict[str, float]](), list[Row]()
     for split, families in (("unseen tenants", TRAINED), ("unseen families", HELD_OUT)):
         chosen = unseen(renderer, stage, asked, families)
         found[split] = {name: lines_right(base, source, chosen, arm) for name, arm in ARMS.items()}
         found[split]["base alone"] = lines_right(base, None, chosen, ARMS["none"])
+    contexts = [row.context for row in chosen if row.context is not None]
+    others = unrelated(renderer, UNSEEN, contexts)
+    found["unrelated"] = {name: lines_right(base, source, others, arm) for name, arm in ARMS.items()}
+    found["unrelated"]["base alone"] = lines_right(base, None, others, ARMS["none"])
     return found
+
+
+def taught(base: Base, stage: Stage, seed: int, tokens: int, distilled: bool) -> list[Row]:
+    """What a stage trains on; if `distilled`, the base with the rules in its prompt says what is right.
+
+    A few rows are of what no rule bears on: there the base as it is says what is right.
+    """
+    renderer = Renderer(base.tokenizer)
+    made, prompted = rows(renderer, stage, seed, tokens)
+    if distilled:
+        made = with_choices(base, made, prompted)
+    contexts = [row.context for row in made[: round(UNRELATED * len(made))] if row.context is not None]
+    others = unrelated(renderer, seed, contexts)
+    return [*made, *with_choices(base, others, others)]
 
 
 def passed(stage: Stage, found: Mapping[str, float]) -> bool:
@@ -121,6 +141,7 @@ def main(
     lr: float = 1e-3,
     seed: int = 0,
     asked: Annotated[int, typer.Option(help="rows of unseen tenants that are asked about after each stage")] = 40,
+    distilled: Annotated[bool, typer.Option(help="learn from the base with the rules in its prompt")] = False,
     work: Path = Path("build/hypernetwork"),
     own_attention: Annotated[
         bool, typer.Option(help="on CPUs with bf16 instructions, twice as fast; needs a C++ compiler and ninja")
@@ -139,7 +160,8 @@ def main(
             config = TrainConfig(
                 tokens=budget, batch_tokens=8192, lr=lr, seed=seed, threads=2, probe_every_steps=LOOK_EVERY
             )
-            made, watched = rows(renderer, stage, seed, budget), unseen(renderer, stage, WATCHED, seed=UNSEEN + 1)
+            made = taught(loaded, stage, seed, budget, distilled)
+            watched = unseen(renderer, stage, WATCHED, seed=UNSEEN + 1)
 
             def look(step: int, model: PreTrainedModel, watched: list[Row] = watched) -> dict[str, float]:
                 return {name: lines_right(loaded, source, watched, ARMS[name]) for name in ("right", "edited")}

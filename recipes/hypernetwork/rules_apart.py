@@ -7,7 +7,7 @@ Never of the families that are held out, nor of the support desk.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from worlds.catalogue import TRAINED
 from worlds.disguise import DISGUISED
 from worlds.drawing import KINDS
-from worlds.drills import edited_drills
+from worlds.drills import drills, edited_drills
 from worlds.trajectories import Depths, trajectories
 
 PROFILE = "\n\nRules of "
@@ -32,7 +32,7 @@ PER_SEED = 60
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training; the number of rules is the curriculum."""
+    """A part of the training: a curriculum in the number of rules and in the words that they are in."""
 
     name: str
     parts: int
@@ -41,16 +41,21 @@ class Stage:
     """Rows of tenants with more are left out."""
     drills: float
     """Share of drills in rules among its rows; the rest are trajectories."""
+    disguised: float
+    """Share of worlds in other words than their family's."""
     kinds: tuple[int, int] = KINDS
     """Of requests in the worlds of its drills."""
     longest: int = 4096
 
 
 STAGES = (
-    Stage("few", 2, most_rules=8, drills=1.0, kinds=(1, 2)),
-    Stage("rules", 4, most_rules=40, drills=1.0),
-    Stage("tasks", 6, most_rules=40, drills=0.3),
+    Stage("few", 2, most_rules=8, drills=1.0, disguised=0.0, kinds=(1, 2)),
+    Stage("words", 2, most_rules=8, drills=1.0, disguised=DISGUISED, kinds=(1, 2)),
+    Stage("rules", 3, most_rules=40, drills=1.0, disguised=DISGUISED),
+    Stage("tasks", 5, most_rules=40, drills=0.3, disguised=DISGUISED),
 )
+UNRELATED = 0.05
+"""Share of rows that no rule bears on: what the base says of them should stay."""
 
 
 def tokens_of(stage: Stage, of: int) -> int:
@@ -77,6 +82,8 @@ def told(trajectory: Trajectory) -> tuple[Trajectory, Context]:
 class Example:
     trajectory: Trajectory
     context: Context
+    prompted: Trajectory
+    """With the rules in its prompt."""
     edited: tuple[Trajectory, Context] | None = None
     """What it is after an edit of one rule."""
 
@@ -84,13 +91,13 @@ class Example:
 def examples(stage: Stage, seed: int, number: int, families: tuple[str, ...] = TRAINED) -> Iterator[Example]:
     """`number` drills and trajectories, rules apart, less those without rules; the same for the same seed."""
     drilled = round(number * stage.drills)
-    for before, after in edited_drills(seed, drilled, families, stage.kinds):
+    for before, after in edited_drills(seed, drilled, families, stage.kinds, stage.disguised):
         if (pair := _told(before)) is not None:
-            yield Example(*pair, edited=_told(after))
-    depths = Depths(full=1.0, part=0.0, small=1.0, disguised=DISGUISED)
+            yield Example(*pair, before, edited=_told(after))
+    depths = Depths(full=1.0, part=0.0, small=1.0, disguised=stage.disguised)
     for one in trajectories(seed, number - drilled, depths, families=families):
         if (pair := _told(one)) is not None:
-            yield Example(*pair)
+            yield Example(*pair, one)
 
 
 def _told(trajectory: Trajectory) -> tuple[Trajectory, Context] | None:
@@ -99,24 +106,38 @@ def _told(trajectory: Trajectory) -> tuple[Trajectory, Context] | None:
     return pair if pair is not None and pair[1].rules else None
 
 
-def rows(renderer: Renderer, stage: Stage, seed: int, tokens: int, families: tuple[str, ...] = TRAINED) -> list[Row]:
-    """Rows with contexts, about so many tokens of them; those of drills have their edit as a rival."""
-    made: list[Row] = []
+def rows(
+    renderer: Renderer, stage: Stage, seed: int, tokens: int, families: tuple[str, ...] = TRAINED
+) -> tuple[list[Row], list[Row]]:
+    """Rows with contexts, about so many tokens of them, and the same with the rules in the prompt.
+
+    Those of drills have their edit as a rival.
+    """
+    made, prompted = list[Row](), list[Row]()
     held = 0
     for number in count():
         for example in examples(stage, seed * 100_000 + number, PER_SEED, families):
             if len(example.context.rules) > stage.most_rules:
                 continue
-            (row,) = _rendered(renderer, example.trajectory, example.context)
+            row = _rendered(renderer, example.trajectory, example.context)
             if example.edited is not None:
-                row = contrasted(row, *_rendered(renderer, *example.edited))
+                row = contrasted(row, _rendered(renderer, *example.edited))
             if len(row.ids) <= stage.longest:
                 made.append(row)
+                prompted.append(_rendered(renderer, example.prompted))
                 held += len(row.ids)
         if held >= tokens:
-            return made
+            return made, prompted
     raise AssertionError("there are seeds without end")
 
 
-def _rendered(renderer: Renderer, trajectory: Trajectory, context: Context) -> list[Row]:
-    return [replace(row, context=context) for row in renderer.rows(trajectory)]
+def unrelated(renderer: Renderer, seed: int, contexts: Sequence[Context]) -> list[Row]:
+    """One row a context, of drills that no rule bears on."""
+    half = len(contexts) // 2
+    made = [*drills(seed, half, only="repeat"), *drills(seed, len(contexts) - half, only="compare")]
+    return [_rendered(renderer, one, context) for one, context in zip(made, contexts, strict=True)]
+
+
+def _rendered(renderer: Renderer, trajectory: Trajectory, context: Context | None = None) -> Row:
+    (row,) = renderer.rows(trajectory)
+    return replace(row, context=context)

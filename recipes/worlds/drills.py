@@ -107,14 +107,18 @@ def drills(
 
 
 def edited_drills(
-    seed: int, count: int, families: Sequence[str] = TRAINED, ruled: tuple[int, int] = KINDS
+    seed: int,
+    count: int,
+    families: Sequence[str] = TRAINED,
+    ruled: tuple[int, int] = KINDS,
+    share: float = DISGUISED,
 ) -> Iterator[tuple[Trajectory, Trajectory]]:
-    """Drills in rules, each beside what it is after an edit of one rule that it asks for."""
+    """Drills in rules, each beside what it is after an edit of one rule that it asks for; a `share` in other words."""
     rng = random.Random(f"edited/{seed}")
     for number in range(count):
-        name, desk = f"edited-{seed}-{number}", _desk(rng, NONE, families, ruled, DISGUISED)
+        name, desk = f"edited-{seed}-{number}", _desk(rng, NONE, families, ruled, share)
         while not desk.said:
-            desk = _desk(rng, NONE, families, ruled, DISGUISED)
+            desk = _desk(rng, NONE, families, ruled, share)
         before, after = edited_rules(desk)
         yield _trajectory(name, "rules", before), _trajectory(f"{name}-after", "rules", after)
 
