@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engrain.agent import load_agent
+from engrain.agent import Adapters, load_agent
+from engrain.compile import CompileConfig, compile_workflow
+from engrain.context import Context
 from engrain.errors import InputError
 from engrain.evaluate import Arm, Plan, agent_arms, default_arms, evaluate
 from engrain.policy import Episode, Policy, ScriptTeacher
@@ -112,3 +114,27 @@ def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path, monke
         agent_arms(["full"], loaded, None, workflow)
     with pytest.raises(InputError, match="unknown arm 'magic'"):
         agent_arms(["magic"], loaded, None, workflow)
+
+
+def test_a_hypernetwork_is_measured_under_other_contexts_too(
+    library: Path, runs: Path, tiny_base: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 780)
+    config = CompileConfig(tokens=3000, to="hypernetwork", rank=2, batch_tokens=1024)
+    made = compile_workflow(library, tmp_path / "agent", config, data=runs, base=tiny_base)
+    names = default_arms(made, None)
+    assert names == ["base", "prompt", "hypernetwork", "another", "shuffled", "empty"]
+    read: dict[str, list[Context]] = {}
+    for arm in agent_arms(names[2:], made, None, workflow):
+        monkeypatch.setattr(
+            Adapters, "__call__", lambda self, context, arm=arm: read.setdefault(arm.name, []).append(context)
+        )
+        plan = Plan(("held_out",), tasks=1, latency_tasks=1, seed=3, parallel=1, budget=Budget(steps=1))
+        evaluate(workflow, [arm], plan, tmp_path / arm.name)
+    tenant = next(workflow.tasks("held_out", 3)).tenant
+    own, other, mixed, none = (read[name][0] for name in names[2:])
+    assert own == workflow.context(tenant) and none == Context()
+    assert other in [workflow.context(name) for name in workflow.tenants if name != tenant]
+    assert mixed != own
+    words = [sorted(word for rule in one.rules for word in rule.text.split()) for one in (mixed, own)]
+    assert words[0] == words[1]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from engrain.adapter import Adapter
     from engrain.context import Context
+    from engrain.controls import Control
     from engrain.engine import CompiledPolicy
     from engrain.hypernetwork import LearnedSource
     from engrain.model import Base
@@ -148,11 +149,14 @@ class Agent:
         merge(base.model, load_peft(self.path / "adapter"))
         return base
 
-    def policy(self, workflow: Workflow, parallel: int = 16, *, compiled: bool = True) -> CompiledPolicy:
+    def policy(
+        self, workflow: Workflow, parallel: int = 16, *, compiled: bool = True, control: Control | None = None
+    ) -> CompiledPolicy:
         """The agent, or with `compiled=False` the bare base, as a policy for so many episodes at a time.
 
         The workflow tells a hypernetwork its tenants' rules; it may have tenants that training never saw. Rules that
-        are too far from what it learnt from go into the prompt of the bare base, and the trajectory says so.
+        are too far from what it learnt from go into the prompt of the bare base, and the trajectory says so. Under a
+        control it reads what that gives it, and nothing goes into the prompt.
         """
         if not compiled:
             return as_policy(self.load_base().model, self.renderer, parallel)
@@ -160,18 +164,25 @@ class Agent:
             return as_policy(self.load().model, self.renderer, parallel)
         base = self.load_base()
         adapters = self.adapters(base)
-
         by_step = self.manifest.config.get("contexts") == "step"
 
+        @cache
+        def context_of(tenant: str, phase: str) -> Context:
+            read = workflow.step_context if by_step else workflow.context
+            named = phase if by_step else ""
+            return (
+                control(lambda one: read(one, named), tenant, list(workflow.tenants))
+                if control
+                else read(tenant, named)
+            )
+
         def in_prompt(task: Task) -> str:
-            phases = [phase.name for phase in workflow.phases] if by_step else [""]
-            return next(filter(None, (adapters.strange(context_of(task.tenant, phase)) for phase in phases)), "")
+            contexts = [context_of(task.tenant, phase.name) for phase in workflow.phases]
+            return "" if control else next(filter(None, map(adapters.strange, contexts)), "")
 
         def adapter_of(episode: Episode) -> Adapter | None:
-            task, phase = episode.task, episode.phase.name if by_step else ""
-            return None if in_prompt(task) else adapters(context_of(task.tenant, phase))
-
-        context_of = cache(workflow.step_context if by_step else workflow.context)
+            strange = in_prompt(episode.task)
+            return None if strange else adapters(context_of(episode.task.tenant, episode.phase.name))
 
         return as_policy(base.model, self.renderer, parallel, adapter_of, in_prompt)
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from engrain.agent import Agent
+from engrain.controls import CONTROLS, Control
 from engrain.errors import InputError
 from engrain.files import replacing
 from engrain.policy import Policy
@@ -30,7 +31,8 @@ from engrain.workflow import Instructions, Workflow
 SETTINGS = "settings.json"
 REPORT = "report.json"
 TABLE = "report.md"
-ARMS = ("base", "prompt", "lora", "full", "hypernetwork")
+ARMS = ("base", "prompt", "lora", "full", "hypernetwork", *CONTROLS)
+"""The last are a hypernetwork under other contexts than the tenants' own."""
 Progress = Callable[[str, str, int, int], None]
 """(arm, split, tasks done, tasks in all)"""
 
@@ -143,19 +145,31 @@ def agent_arms(names: Sequence[str], agent: Agent, full: Agent | None, workflow:
             arms.append(_arm(name, instructions, agent, workflow, compiled=False))
         elif name in compiled:
             arms.append(_arm(name, "none", compiled[name], workflow, compiled=True))
+        elif name in CONTROLS and "hypernetwork" in compiled:
+            arms.append(_arm(name, "none", compiled["hypernetwork"], workflow, compiled=True, control=CONTROLS[name]))
         else:
-            raise InputError(f"no agent for arm {name!r}; compile one with --to {name}, or leave the arm out of --arms")
+            kind = "hypernetwork" if name in CONTROLS else name
+            raise InputError(f"no agent for arm {name!r}; compile one with --to {kind}, or leave the arm out of --arms")
     return arms
 
 
 def default_arms(agent: Agent, full: Agent | None) -> list[str]:
-    return ["base", "prompt", *dict.fromkeys(one.manifest.kind for one in (agent, full) if one is not None)]
+    kinds = dict.fromkeys(one.manifest.kind for one in (agent, full) if one is not None)
+    return ["base", "prompt", *kinds, *(CONTROLS if "hypernetwork" in kinds else ())]
 
 
-def _arm(name: str, instructions: Instructions, agent: Agent, workflow: Workflow, *, compiled: bool) -> Arm:
+def _arm(
+    name: str,
+    instructions: Instructions,
+    agent: Agent,
+    workflow: Workflow,
+    *,
+    compiled: bool,
+    control: Control | None = None,
+) -> Arm:
     agent.check_workflow(workflow)
     digest = agent.digest() if compiled else agent.manifest.base.digest
-    return Arm(name, instructions, digest, partial(agent.policy, workflow, compiled=compiled))
+    return Arm(name, instructions, digest, partial(agent.policy, workflow, compiled=compiled, control=control))
 
 
 def evaluate(
