@@ -35,7 +35,7 @@ from engrain.novelty import Novelty
 SCHEMA = "engrain.hypernetwork/1"
 Sites = Mapping[str, tuple[int, int]]
 """Linear layers of the base by qualified name, as (d_in, d_out)."""
-_HEAD, _WEIGHTS = "hypernetwork.json", "hypernetwork.safetensors"
+HEAD, _WEIGHTS = "hypernetwork.json", "hypernetwork.safetensors"
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def save_hypernetwork(path: Path, module: LearnedSource, base: Base) -> None:
             save_file(tensors, aside / _WEIGHTS)
         except SafetensorError as error:
             raise OSError(f"{_WEIGHTS}: {error}") from error
-        (aside / _HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+        (aside / HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 
 
 def load_hypernetwork(path: Path, base: Base, encoder: Encoder | None = None) -> LearnedSource:
@@ -294,7 +294,7 @@ def load_hypernetwork(path: Path, base: Base, encoder: Encoder | None = None) ->
     """
     again = "give the directory that save_hypernetwork wrote, or train again"
     try:
-        head = json.loads((path / _HEAD).read_text(encoding="utf-8"))
+        head = json.loads((path / HEAD).read_text(encoding="utf-8"))
         if head["schema"] != SCHEMA:
             raise ModelError(f"{path}: expected {SCHEMA!r}, got {head['schema']!r}; {again}")
         if head["base"] != base.digest:

@@ -296,7 +296,8 @@ def _episode(trial: NextTurn, instructions: Instructions) -> Episode:
         seed=task.seed,
     )
     phase = workflow.phase(trajectory.messages)
-    return Episode(task, trajectory, phase, tuple(tool for tool in workflow.tools if tool.name in phase.tools))
+    tools = tuple(tool for tool in workflow.tools if tool.name in phase.tools)
+    return Episode(task, trajectory, phase, tools, workflow)
 
 
 def _first(capability: Capability, seed: int, tasks: int) -> list[Trial]:

@@ -162,7 +162,7 @@ class _Loop:
             seed=task.seed,
             teacher=name,
         )
-        run = _Run(workflow, Episode(task, trajectory, Phase("", "", ()), ()))
+        run = _Run(workflow, Episode(task, trajectory, Phase("", "", ()), (), workflow))
         try:
             instructions = self.instructions
             if reason := getattr(self.policy, "in_prompt", lambda task: "")(task):

@@ -25,7 +25,8 @@ from engrain.task import Task
 from engrain.tool import Tool
 from engrain.trajectory import Message, Outcome
 
-Instructions = Literal["none", "full"]
+Instructions = Literal["none", "shared", "full"]
+"""What a prompt says: one line; the procedure and the tools; or these and the tenant's rules."""
 _T = TypeVar("_T")
 
 
@@ -79,7 +80,7 @@ class Workflow:
         return next((tool for tool in self.tools if tool.name == name), None)
 
     def system(self, tenant: str, instructions: Instructions) -> str:
-        """The system prompt: one line for a compiled agent, the whole procedure and profile with `full`.
+        """The system prompt: one line for a compiled agent, the procedure with `shared`, and the profile with `full`.
 
         Raises `WorkflowError` for an unknown tenant.
         """
@@ -90,7 +91,7 @@ class Workflow:
             return line
         parts = [line, self.procedure]
         parts += [f"Phase {phase.name}: {phase.instructions}" for phase in self.phases]
-        if tenant:
+        if tenant and instructions == "full":
             parts.append(f"Rules of {tenant}:\n{self.tenants[tenant].markdown()}")
         return "\n\n".join(parts)
 
@@ -123,7 +124,7 @@ class Workflow:
 
     def schemas(self, instructions: Instructions) -> str:
         """JSON text of the tool schemas to put in the prompt: none for a compiled agent."""
-        return json.dumps([tool.schema() for tool in self.tools] if instructions == "full" else [], ensure_ascii=False)
+        return json.dumps([] if instructions == "none" else [tool.schema() for tool in self.tools], ensure_ascii=False)
 
 
 def _named(name: str, known: Mapping[str, _T], what: str) -> _T:

@@ -25,6 +25,7 @@ app.command("compile")(agents.compile_)
 app.command("run")(agents.run)
 app.command("adapter")(agents.adapter)
 app.command("eval")(measure.evaluate)
+app.command("compare")(measure.compare)
 app.add_typer(measure.base, name="base")
 
 

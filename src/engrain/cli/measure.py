@@ -20,7 +20,7 @@ base = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect an
 def evaluate(
     agent: AgentPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for report and trajectories.")],
-    arms: Annotated[str, typer.Option(help="base, prompt, lora, full; by default all that there are.")] = "",
+    arms: Annotated[str, typer.Option(help="Such as base, prompt, lora; by default all that there are.")] = "",
     full: Annotated[Path | None, typer.Option(help="The fully trained agent, for arm full.")] = None,
     split: Annotated[str, typer.Option(help="Splits of the workflow; by default all but train.")] = "",
     n: Annotated[int, typer.Option("-n", help="Tasks for each arm and split.", min=1)] = 300,
@@ -57,6 +57,59 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def compare(
+    hypernetwork: Annotated[Path, typer.Argument(help="The directory of a hypernetwork.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for report and trajectories.")],
+    base: Annotated[Path | None, typer.Option(help="Its base; by default the bundled one.")] = None,
+    suite: Annotated[Path | None, typer.Option(help="A directory with probes.py; by default recipes/worlds.")] = None,
+    split: Annotated[str, typer.Option(help="Which of the suite's probes.")] = "tenants,families,edit",
+    arms: Annotated[str, typer.Option(help="Such as prompt, hypernetwork, another; by default all.")] = "",
+    against: Annotated[list[str] | None, typer.Option(help="NAME=DIR: another hypernetwork, or a LoRA.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Tasks for each arm and probe, all seeds together.", min=1)] = 510,
+    seeds: Annotated[int, typer.Option(help="How many seeds these come from.", min=1)] = 3,
+    parallel: Annotated[int, typer.Option(help="Tasks at a time in each process.", min=1)] = 16,
+    processes: Annotated[int, typer.Option(help="By default one a core.", min=1)] = os.cpu_count() or 1,
+    json: Json = False,
+) -> None:
+    """Measure a hypernetwork beside its controls, on unseen tenants. Interrupted, the same command goes on."""
+    from engrain import compare as comparing
+    from engrain import probe as probing
+    from engrain.agent import bundled_base
+    from engrain.cli import terminal
+    from engrain.evaluate import REPORT, TABLE
+    from engrain.source import code_digest
+
+    others = {name: Path(path) for name, _, path in (one.partition("=") for one in against or [])}
+    place = _suite(suite)
+    terminal.quiet()
+    every = comparing.arms(hypernetwork, base or bundled_base(), others)
+    names = _listed(arms) or list(every)
+    if unknown := [name for name in names if name not in every]:
+        raise InputError(f"unknown arm {unknown[0]!r}; there are {', '.join(every)}")
+    chosen = probing.chosen(probing.load_suite(place), _listed(split))
+    plan = probing.Plan(math.ceil(n / seeds), seeds, parallel, processes)
+    try:
+        with terminal.evaluating() as progress:
+            picked = {name: every[name] for name in names}
+            report = comparing.compare(picked, chosen, code_digest(place), plan, output, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; finished arms lie in {output}, the same command goes on") from None
+    if json:
+        terminal.print_json(report.to_dict())
+    else:
+        terminal.print_table(report.headings, report.rows(), report.notes())
+        typer.echo(f"written: {output / REPORT}, {output / TABLE}")
+
+
+def _suite(given: Path | None) -> Path:
+    from engrain.probe import SUITE
+
+    if given is None and not SUITE.is_dir():
+        raise InputError("this copy of engrain has no suite; give one with --suite, such as recipes/worlds of the "
+                         "repository")  # fmt: skip
+    return given or SUITE
+
+
 @base.command("probe")
 def probe(
     path: Annotated[Path | None, typer.Argument(help="A base directory; by default the bundled one.")] = None,
@@ -78,10 +131,7 @@ def probe(
     from engrain.evaluate import REPORT, TABLE
     from engrain.source import code_digest
 
-    if suite is None and not probing.SUITE.is_dir():
-        raise InputError("this copy of engrain has no suite; give one with --suite, such as recipes/worlds of the "
-                         "repository")  # fmt: skip
-    suite = suite or probing.SUITE
+    suite = _suite(suite)
     terminal.quiet()
     chosen = probing.chosen(probing.load_suite(suite), _listed(probes))
     subject = probing.subject(path or bundled_base())
