@@ -22,7 +22,7 @@ from engrain.errors import InputError
 from engrain.model import Base, load_base
 from engrain.policy import Episode, Policy, ScriptTeacher
 from engrain.probe import Capability, Gate, NextTurn, Plan, Subject, Trial, WholeTask, load_suite, measure, probe
-from engrain.rollout import Budget
+from engrain.rollout import Budget, rollouts
 from engrain.task import Task
 from engrain.train import TrainConfig, train
 from engrain.trajectory import Message, ToolCall, read_trajectories
@@ -30,9 +30,10 @@ from engrain.trajectory import Message, ToolCall, read_trajectories
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
-from worlds import catalogue, probes  # noqa: E402
+from worlds import catalogue, contexts, probes  # noqa: E402
 from worlds.clerk import decide, expected  # noqa: E402
 from worlds.drawing import draw  # noqa: E402
+from worlds.tasks import NUMBER_PARAPHRASES, NUMBER_WORDINGS, WORD_PARAPHRASES, WORD_WORDINGS  # noqa: E402
 from worlds.trajectories import HOME, UNSEEN, trajectories  # noqa: E402
 from worlds.world import World  # noqa: E402
 
@@ -371,3 +372,23 @@ def test_mistakes_are_one_line(
 def test_the_default_suite_is_that_of_worlds() -> None:
     assert [one.name for one in load_suite(probing.SUITE)] == [one.name for one in probes.suite]
     assert load_suite(probing.SUITE) is probes.suite
+
+
+def test_contexts_are_paraphrased_and_exceptions_decide() -> None:
+    by_name = {capability.name: capability for capability in contexts.suite}
+    for capability in contexts.suite:
+        trials = list(islice(capability.trials(0), 2))
+        assert all(isinstance(trial, WholeTask) for trial in trials)
+        flows = {id(trial.workflow): trial.workflow for trial in trials}
+        for flow in flows.values():
+            tasks = [(flow, trial.task) for trial in trials if trial.workflow is flow]
+            for run in rollouts(tasks, ScriptTeacher(flow), budget=Budget(steps=200)):
+                assert run.outcome is not None and run.outcome.success
+    assert not {*NUMBER_WORDINGS, *WORD_WORDINGS} & {*NUMBER_PARAPHRASES, *WORD_PARAPHRASES}
+    parts = [re.split(r"{\w+}", wording) for wording in (*NUMBER_PARAPHRASES, *WORD_PARAPHRASES)]
+    for trial in islice(by_name["paraphrase"].trials(1), 4):
+        rules = trial.workflow.tenants[trial.task.tenant].rules
+        assert rules and all(any(all(part in rule for part in own) for own in parts) for rule in rules)
+    for trial in islice(by_name["rare-rules"].trials(1), 4):
+        special = [said for said in trial.task.goal["rules"].values() if isinstance(said, dict) and "else" in said]
+        assert any(len(set(said.values())) > 1 for said in special)

@@ -48,6 +48,17 @@ WORD_WORDINGS = (
     'As {name} take "{value}".',
     'Our {name} is "{value}".',
 )
+NUMBER_PARAPHRASES = (
+    "As for the {name}, it has been set to {value}.",
+    "Whatever you do, remember that {value} is our {name}.",
+    "{value} counts as the {name} here.",
+)
+WORD_PARAPHRASES = (
+    'As for the {name}, it has been set to "{value}".',
+    'Whatever you do, remember that "{value}" is our {name}.',
+    '"{value}" counts as the {name} here.',
+)
+"""For measurements: nothing is trained on these."""
 
 
 def draw_rules(world: World, rng: random.Random) -> dict[str, Any]:
@@ -82,12 +93,14 @@ def redrawn(world: World, rules: Rules, name: str, rng: random.Random) -> dict[s
     return {**rules, name: drawn}
 
 
-def write_rules(world: World, rules: Rules, rng: random.Random) -> list[str]:
+def write_rules(world: World, rules: Rules, rng: random.Random, paraphrased: bool = False) -> list[str]:
     """The bullets of a profile, in random order and wording."""
+    number_wordings = NUMBER_PARAPHRASES if paraphrased else NUMBER_WORDINGS
+    word_wordings = WORD_PARAPHRASES if paraphrased else WORD_WORDINGS
     bullets: list[str] = []
     for name, said in rules.items():
         rule, title = world.rules[name], world.shown[name]
-        wordings = NUMBER_WORDINGS if isinstance(rule, Limit) else WORD_WORDINGS
+        wordings = number_wordings if isinstance(rule, Limit) else word_wordings
         if rule.by:
             names = {word: f'{title} for "{word}"' for word in said}
             bullets += [rng.choice(wordings).format(name=names[word], value=said[word]) for word in said]

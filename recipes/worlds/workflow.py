@@ -42,8 +42,8 @@ def tenants(world: World, seed: int, number: int) -> dict[str, Rules]:
     return drawn
 
 
-def workflow(world: World, rules: Mapping[str, Rules]) -> Workflow:
-    """The workflow of a world for some tenants."""
+def workflow(world: World, rules: Mapping[str, Rules], paraphrased: bool = False) -> Workflow:
+    """The workflow of a world for some tenants, whose profiles may be in wordings that nothing is trained on."""
     rng = random.Random(f"profiles/{world.family.name}/{world.seed}")
     every = tuple(tool.name for tool in world.tools.values())
     reads = tuple(world.tools[name].name for name in world.records)
@@ -75,7 +75,10 @@ def workflow(world: World, rules: Mapping[str, Rules]) -> Workflow:
         procedure=PROCEDURE + world.manual,
         phases=tuple(Phase(name, text, allowed.get(name, every)) for name, text in PHASES.items()),
         tools=tuple(world.tools.values()),
-        tenants={name: Section("tenant", name, tuple(write_rules(world, said, rng))) for name, said in rules.items()},
+        tenants={
+            name: Section("tenant", name, tuple(write_rules(world, said, rng, paraphrased)))
+            for name, said in rules.items()
+        },
         phase_of=phase_of,
         tasks=tasks,
         splits=("train", "faults", "long40"),

@@ -61,8 +61,8 @@ def compare(
     hypernetwork: Annotated[Path, typer.Argument(help="The directory of a hypernetwork.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for report and trajectories.")],
     base: Annotated[Path | None, typer.Option(help="Its base; by default the bundled one.")] = None,
-    suite: Annotated[Path | None, typer.Option(help="A directory with probes.py; by default recipes/worlds.")] = None,
-    split: Annotated[str, typer.Option(help="Which of the suite's probes.")] = "tenants,families,edit",
+    suite: Annotated[Path | None, typer.Option(help="By default recipes/worlds/contexts.py.")] = None,
+    split: Annotated[str, typer.Option(help="Which of the suite's probes; by default all.")] = "",
     arms: Annotated[str, typer.Option(help="Such as prompt, hypernetwork, another; by default all.")] = "",
     against: Annotated[list[str] | None, typer.Option(help="NAME=DIR: another hypernetwork, or a LoRA.")] = None,
     n: Annotated[int, typer.Option("-n", help="Tasks for each arm and probe, all seeds together.", min=1)] = 510,
@@ -80,7 +80,7 @@ def compare(
     from engrain.source import code_digest
 
     others = {name: Path(path) for name, _, path in (one.partition("=") for one in against or [])}
-    place = _suite(suite)
+    place = _suite(suite, "contexts.py")
     terminal.quiet()
     every = comparing.arms(hypernetwork, base or bundled_base(), others)
     names = _listed(arms) or list(every)
@@ -88,10 +88,11 @@ def compare(
         raise InputError(f"unknown arm {unknown[0]!r}; there are {', '.join(every)}")
     chosen = probing.chosen(probing.load_suite(place), _listed(split))
     plan = probing.Plan(math.ceil(n / seeds), seeds, parallel, processes)
+    code = code_digest(place if place.is_dir() else place.parent)
     try:
         with terminal.evaluating() as progress:
             picked = {name: every[name] for name in names}
-            report = comparing.compare(picked, chosen, code_digest(place), plan, output, progress)
+            report = comparing.compare(picked, chosen, code, plan, output, progress)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; finished arms lie in {output}, the same command goes on") from None
     if json:
@@ -101,13 +102,13 @@ def compare(
         typer.echo(f"written: {output / REPORT}, {output / TABLE}")
 
 
-def _suite(given: Path | None) -> Path:
+def _suite(given: Path | None, file: str = "") -> Path:
     from engrain.probe import SUITE
 
     if given is None and not SUITE.is_dir():
         raise InputError("this copy of engrain has no suite; give one with --suite, such as recipes/worlds of the "
                          "repository")  # fmt: skip
-    return given or SUITE
+    return given or SUITE / file
 
 
 @base.command("probe")
