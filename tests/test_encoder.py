@@ -42,6 +42,8 @@ class Counting:
         states = torch.stack([torch.full((len(rule.text), 3), float(len(rule.kind))) for rule in rules])
         return Features(states, torch.ones(states.shape[:2], dtype=torch.bool))
 
+    together = __call__
+
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_rule_has_the_same_states_in_any_company(architecture: str) -> None:
@@ -53,6 +55,15 @@ def test_a_rule_has_the_same_states_in_any_company(architecture: str) -> None:
     tenant, phase, _ = together.rows()
     assert not torch.equal(tenant[-1], phase[-1])  # equal text of another kind
     torch.testing.assert_close(tenant.view(-1, 3, 32).square().mean(-1), torch.ones(len(tenant), 3), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_many_rules_in_one_pass_have_the_same_states_to_rounding(architecture: str) -> None:
+    encoder = BaseEncoder(base(architecture), depths=(0.0, 0.5, 1.0))
+    exact, fast = encoder(RULES), encoder.together(RULES)
+    assert torch.equal(exact.mask, fast.mask) and len(encoder.together([]).states) == 0
+    torch.testing.assert_close(fast.states, exact.states, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(Cached(encoder).together(RULES).states, fast.states)
 
 
 def test_states_are_the_models_hidden_states() -> None:
@@ -151,4 +162,5 @@ def test_minilm_reads_the_packages_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert together.states.shape[2] == encoder.width == 32 and not together.states.requires_grad
     for rule, states in zip(RULES, together.rows(), strict=True):
         assert torch.equal(states, encoder([rule]).states[0])
+    torch.testing.assert_close(encoder.together(RULES).states, together.states, atol=1e-4, rtol=1e-4)
     assert open_encoder(encoder.settings, base("llama")).digest == encoder.digest

@@ -37,6 +37,8 @@ class Words:
     def _vector(self, word: str) -> torch.Tensor:
         return torch.randn(self.width, generator=torch.Generator().manual_seed(sum(map(ord, word))))
 
+    together = __call__
+
 
 def context(*rules: str) -> Context:
     return Context((Section("tenant", "a", rules),))

@@ -48,6 +48,8 @@ class Words:
     def __call__(self, rules: Sequence[Rule]) -> Features:
         return padded([torch.stack([self._word(word) for word in rule.text.split()]) for rule in rules], self.width)
 
+    together = __call__
+
     def _word(self, word: str) -> Tensor:
         return torch.randn(self.width, generator=torch.Generator().manual_seed(int.from_bytes(word.encode()[:7])))
 

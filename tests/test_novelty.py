@@ -22,6 +22,8 @@ class Letters:
         table = torch.randn(128, self.width, generator=torch.Generator().manual_seed(0))
         return padded([table[[ord(letter) for letter in rule.text]] for rule in rules], self.width)
 
+    together = __call__
+
 
 def contexts(count: int, letters: str, seed: int = 0) -> list[Context]:
     rng = random.Random(seed)

