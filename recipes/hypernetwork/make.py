@@ -158,7 +158,13 @@ def main(
         if not (folder / "done" / "hypernetwork.json").exists():
             budget = tokens_of(stage, tokens)
             config = TrainConfig(
-                tokens=budget, batch_tokens=8192, lr=lr, seed=seed, threads=2, probe_every_steps=LOOK_EVERY
+                tokens=budget,
+                batch_tokens=8192,
+                lr=lr,
+                final=0.1 if stage is STAGES[-1] else 1.0,  # a stage that ends early must not have slowed down before
+                seed=seed,
+                threads=2,
+                probe_every_steps=LOOK_EVERY,
             )
             made = taught(loaded, stage, seed, budget, distilled)
             watched = unseen(renderer, stage, WATCHED, seed=UNSEEN + 1)
