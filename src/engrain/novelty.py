@@ -20,6 +20,8 @@ from engrain.encoder import Encoder
 
 FEWEST_CONTEXTS = 40
 """Of fewer there is too little to know what is usual, so nothing is too far."""
+MOST_CONTEXTS = 1000
+"""Of more, so many that lie evenly among them."""
 BEYOND = 0.01
 """Share of contexts like those learnt from that lie above the threshold."""
 RIDGE = 1e-3
@@ -45,9 +47,10 @@ class Novelty(nn.Module):
         distinct = [context for context in dict.fromkeys(contexts) if context.rules]
         if len(distinct) < FEWEST_CONTEXTS:
             return
+        distinct = distinct[:: math.ceil(len(distinct) / MOST_CONTEXTS)]
         usual, others = [one for n, one in enumerate(distinct) if n % 5], distinct[::5]
         rules = list(dict.fromkeys(rule for context in usual for rule in context.rules))
-        points = torch.stack([_point(encoder, rule) for rule in rules]).double()
+        points = torch.stack([states.mean(dim=0) for states in encoder.together(rules).rows()]).double()
         covariance = torch.cov(points.T)
         covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
         root = torch.linalg.cholesky(covariance)
