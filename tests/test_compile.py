@@ -71,8 +71,9 @@ def test_full_fine_tuning_makes_a_model_and_no_adapter(
 
 
 def test_a_hypernetwork_makes_an_adapter_for_a_tenant_that_was_not_trained(
-    library: Path, runs: Path, tiny_base: Path, tmp_path: Path
+    library: Path, runs: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 780)  # a model that is hardly trained rambles on
     out = tmp_path / "hyper"
     config = CompileConfig(tokens=6000, to="hypernetwork", rank=2, batch_tokens=1024)
     compile_workflow(library, out, config, data=runs, base=tiny_base)
@@ -83,6 +84,12 @@ def test_a_hypernetwork_makes_an_adapter_for_a_tenant_that_was_not_trained(
     south = workflow.context("south")
     edited = south.replacing(south.rules[0], "lend nothing on Sundays")
     one, other = adapters(south), adapters(edited)
+    policy, phase = agent.policy(workflow), workflow.phases[0]
+    for tenant in workflow.tenants:  # each its own adapter, in any order
+        task = next(workflow.tasks("held_out", 1)).model_copy(update={"tenant": tenant})
+        got = policy._adapter_of(Episode(task, Trajectory(id="t", messages=[]), phase, (), workflow))
+        wanted = adapters(workflow.context(tenant))
+        assert got is not None and all(torch.equal(got.factors[site].a, wanted.factors[site].a) for site in got.factors)
     assert one is adapters(workflow.context("south")) is not other
     terms = [delta_weight(each, "model.layers.0.self_attn.q_proj") for each in (one, other)]
     assert terms[0].any() and not torch.equal(*terms)  # it was trained, and it reads the rules
@@ -123,7 +130,7 @@ def test_a_hypernetwork_of_steps_swaps_adapters_between_phases(
     inner = policy._adapter_of
     policy._adapter_of = lambda episode: used.add((episode.phase.name, id(inner(episode)))) or inner(episode)
     first, *_ = workflow.phases
-    episode = Episode(next(workflow.tasks("held_out", 1)), whole[0], first, ())
+    episode = Episode(next(workflow.tasks("held_out", 1)), whole[0], first, (), workflow)
     for phase in workflow.phases:
         episode.phase = phase
         policy._request(episode)

@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from desk import workflow as desk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import validate
@@ -244,7 +245,7 @@ def test_draws_reach_tokens_in_proportion_to_their_nucleus() -> None:
 def episode(family: Family = "chatml", number: int = 0) -> Episode:
     messages = [Message(role="system", content="You help."), Message(role="user", content=f"Order {number} is late.")]
     trajectory = Trajectory(id=f"t{number}", messages=messages)
-    return Episode(Task(id=str(number), request=""), trajectory, Phase("plan", "", ("get_order",)), TOOLS)
+    return Episode(Task(id=str(number), request=""), trajectory, Phase("plan", "", ("get_order",)), TOOLS, desk)
 
 
 def play(engine: Engine, episodes: list[Episode], rounds: int = 4, answer: bool = True) -> CompiledPolicy:
@@ -293,7 +294,7 @@ def test_cached_turns_equal_turns_encoded_from_scratch(family: Family) -> None:
         for n in turns:
             past = one.trajectory.model_copy(update={"messages": one.trajectory.messages[:n]})
             fresh = CompiledPolicy(make(), max_new=40)
-            (again,) = fresh([Episode(one.task, past, one.phase, one.tools)])
+            (again,) = fresh([Episode(one.task, past, one.phase, one.tools, desk)])
             assert isinstance(again, Message)
             assert again.token_ids == one.trajectory.messages[n].token_ids
             assert again.logprobs == pytest.approx(one.trajectory.messages[n].logprobs, abs=1e-4)

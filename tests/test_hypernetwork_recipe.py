@@ -67,7 +67,7 @@ def test_an_edit_changes_one_rule_and_the_row_parts_where_its_value_does() -> No
         assert row.context is not None and row.rival is not None
         own, other = set(row.context.rules), set(row.rival.context.rules)
         assert len(own - other) <= 1 and len(other - own) <= 1 and own != other
-        (parting,) = [n for n, changed in enumerate(row.rival.changed) if changed]
+        parting = row.rival.at
         line = str(tokenizer.decode(row.ids[:parting])).rpartition("\n")[2]
         assert row.mask[parting] and ": " in line
 

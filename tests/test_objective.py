@@ -70,11 +70,10 @@ def test_logit_scale_and_soft_cap_are_applied() -> None:
 def test_what_a_rival_would_change_must_be_less_likely_under_it_by_a_margin() -> None:
     model, (row, plain, *_) = tiny("llama"), random_rows(5)
     own, other = (Context((Section("tenant", name, ("a rule",)),)) for name in ("own", "other"))
-    changed = [place in (0, 3, 5) for place in range(len(row.ids))]
-    asked = Row(row.ids, row.mask, own, rival=Rival(other, changed))
+    asked = Row(row.ids, row.mask, own, rival=Rival(other, 5))
     batch = collate([asked, Row(plain.ids, plain.mask, own), Row(plain.ids, plain.mask, other)])
     assert batch.contexts == (own, other) and batch.mask.sum() == sum(row.mask[1:]) + 2 * sum(plain.mask[1:])
-    assert batch.ids[batch.rivals].tolist() == 2 * [[row.ids[3], row.ids[5]]]  # nothing predicts a row's first token
+    assert batch.ids[batch.partings].tolist() == 2 * [[row.ids[5]]] and 6 in batch.lengths
 
     torch.manual_seed(0)
     shapes = sites(model)
@@ -86,13 +85,13 @@ def test_what_a_rival_would_change_must_be_less_likely_under_it_by_a_margin() ->
     for which in range(2):
         with adapted(model, unstack(adapter)[which]):
             logs = model(torch.tensor([row.ids])).logits[0].float().log_softmax(-1)
-        terms.append(torch.stack([logs[place - 1, row.ids[place]] for place in (3, 5)]))
+        terms.append(logs[4, row.ids[5]])
     gap = terms[0] - terms[1]
     with attention(model, PACKED), adapted(model, adapter, batch.spans):
         without, count = row_loss(model, adapter, batch, weight=0.0)
         loss, _ = row_loss(model, adapter, batch, margin=0.1, weight=0.5)
-    assert count == batch.mask.sum() and gap.abs().min() > 1e-3
-    torch.testing.assert_close(loss - without, 0.5 * (0.1 - gap).clamp(min=0).sum(), atol=1e-3, rtol=1e-3)
+    assert count == batch.mask.sum() and gap.abs() > 1e-3
+    torch.testing.assert_close(loss - without, 0.5 * (0.1 - gap).clamp(min=0), atol=1e-3, rtol=1e-3)
 
 
 def test_rows_with_and_without_a_teacher_share_a_batch() -> None:

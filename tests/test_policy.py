@@ -30,7 +30,7 @@ QUICK = Retry(times=3, first=0.001)
 def episode(task: Task = TASKS[0], *messages: Message) -> Episode:
     start = [Message(role="system", content="You refund."), Message(role="user", content=task.request)]
     trajectory = Trajectory(id=task.id, task=task.id, messages=[*start, *messages])
-    return Episode(task, trajectory, workflow.phases[0], workflow.tools[:1])
+    return Episode(task, trajectory, workflow.phases[0], workflow.tools[:1], workflow)
 
 
 def completion(content: Any = "", finish: str = "stop", **message: Any) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 It reads a tenant's rules and writes an adapter with which the base knows them, none in its prompt. Stages are a
 curriculum in the number of rules and in their words (`rules_apart.py`); each but the last ends once it has taught
-enough. After each it says which share of the lines of unseen tenants
-would be written right, under the right rules, another tenant's and none. Training resumes; the result appears whole.
+enough. After each it says which share of the lines of unseen tenants would be written right, under the right rules,
+another tenant's and none. Training resumes; the result appears whole.
 """
 
 from __future__ import annotations

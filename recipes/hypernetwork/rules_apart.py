@@ -132,9 +132,9 @@ def rows(
 
 
 def unrelated(renderer: Renderer, seed: int, contexts: Sequence[Context]) -> list[Row]:
-    """One row a context, of drills that no rule bears on."""
+    """One row a context, of drills that no rule bears on: steps found, and items routed."""
     half = len(contexts) // 2
-    made = [*drills(seed, half, only="repeat"), *drills(seed, len(contexts) - half, only="compare")]
+    made = [*drills(seed, half, only="steps"), *drills(seed, len(contexts) - half, only="route")]
     return [_rendered(renderer, one, context) for one, context in zip(made, contexts, strict=True)]
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engrain.controls import Control, own
 from engrain.errors import InputError, ModelError, RenderError
 from engrain.trajectory import Trajectory
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from engrain.adapter import Adapter
     from engrain.context import Context
-    from engrain.controls import Control
     from engrain.engine import CompiledPolicy
     from engrain.hypernetwork import LearnedSource
     from engrain.model import Base
@@ -150,7 +150,7 @@ class Agent:
         return base
 
     def policy(
-        self, workflow: Workflow, parallel: int = 16, *, compiled: bool = True, control: Control | None = None
+        self, workflow: Workflow, parallel: int = 16, *, compiled: bool = True, control: Control = own
     ) -> CompiledPolicy:
         """The agent, or with `compiled=False` the bare base, as a policy for so many episodes at a time.
 
@@ -164,25 +164,22 @@ class Agent:
             return as_policy(self.load().model, self.renderer, parallel)
         base = self.load_base()
         adapters = self.adapters(base)
-        by_step = self.manifest.config.get("contexts") == "step"
+        phases = [phase.name for phase in workflow.phases] if self.manifest.config.get("contexts") == "step" else []
 
         @cache
         def context_of(tenant: str, phase: str) -> Context:
-            read = workflow.step_context if by_step else workflow.context
-            named = phase if by_step else ""
-            return (
-                control(lambda one: read(one, named), tenant, list(workflow.tenants))
-                if control
-                else read(tenant, named)
-            )
+            def read(name: str) -> Context:
+                return workflow.step_context(name, phase) if phases else workflow.context(name)
+
+            return control(read, tenant, list(workflow.tenants))
 
         def in_prompt(task: Task) -> str:
-            contexts = [context_of(task.tenant, phase.name) for phase in workflow.phases]
-            return "" if control else next(filter(None, map(adapters.strange, contexts)), "")
+            reasons = (adapters.strange(context_of(task.tenant, phase)) for phase in phases or [""])
+            return next(filter(None, reasons), "") if control is own else ""
 
         def adapter_of(episode: Episode) -> Adapter | None:
-            strange = in_prompt(episode.task)
-            return None if strange else adapters(context_of(episode.task.tenant, episode.phase.name))
+            task = episode.task
+            return None if in_prompt(task) else adapters(context_of(task.tenant, episode.phase.name))
 
         return as_policy(base.model, self.renderer, parallel, adapter_of, in_prompt)
 
@@ -215,7 +212,7 @@ class Adapters:
     def __init__(self, source: LearnedSource) -> None:
         self._source = source
         self._made: OrderedDict[str, Adapter] = OrderedDict()
-        self._strange: dict[str, str] = {}
+        self.strange = cache(source.strange)
 
     def __call__(self, context: Context) -> Adapter:
         import torch
@@ -230,13 +227,6 @@ class Adapters:
                 self._made.popitem(last=False)
         self._made.move_to_end(digest)
         return self._made[digest]
-
-    def strange(self, context: Context) -> str:
-        """Why the context belongs into the prompt in place of an adapter; empty if it does not."""
-        digest = context.digest()
-        if digest not in self._strange:
-            self._strange[digest] = self._source.strange(context)
-        return self._strange[digest]
 
 
 def as_policy(

@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,8 +52,8 @@ class Packed:
     choices: Int[Tensor, "taught choices"]
     """A teacher's likeliest tokens."""
     choice_logprobs: Float[Tensor, "taught choices"]
-    rivals: Int[Tensor, "2 contrasts"]
-    """Places of tokens that another context would change: in their row, and in its copy under that context."""
+    partings: Int[Tensor, "2 rivals"]
+    """Where a row and its rival part: places in the row, and in the one under the rival's context."""
 
     def to(self, device: torch.device) -> Packed:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -102,57 +103,39 @@ def _units(rows: Sequence[Row], tokens: int, chance: random.Random) -> list[list
 def collate(rows: Sequence[Row]) -> Packed:
     """Rows laid end to end, those of one context together. Among rows with contexts, one without has an empty one.
 
-    A row with a rival lies there twice: its copy, under the rival, carries no loss of its own.
+    Of a row with a rival there is a second one under that context, up to where they part, which carries no loss.
     """
-    parts = [_Part(row.context, number, row) for number, row in enumerate(rows)]
-    parts += [_Part(row.rival.context, number, row, True) for number, row in enumerate(rows) if row.rival is not None]
-    spans: dict[Context, int] = defaultdict(int)
-    if any(part.context is not None for part in parts):
-        for part in parts:
-            spans[part.context or Context()] += len(part.row.ids)
-        order = {context: place for place, context in enumerate(spans)}
-        parts.sort(key=lambda part: order[part.context or Context()])
-    lengths = tuple(len(part.row.ids) for part in parts)
-    ids = torch.tensor([token for part in parts for token in part.row.ids], dtype=torch.long)
-    mask = torch.tensor([bit and not part.copy for part in parts for bit in part.row.mask], dtype=torch.bool)
+    rivals = [(row, row.rival) for row in rows if row.rival is not None]
+    laid = [*rows, *(replace(row, ids=row.ids[: one.at + 1], mask=[False] * (one.at + 1), context=one.context,
+                             choices=None, rival=None) for row, one in rivals)]  # fmt: skip
+    order, spans = list(range(len(laid))), dict[Context, int]()
+    if any(row.context is not None for row in laid):
+        for row in laid:
+            spans[row.context or Context()] = spans.get(row.context or Context(), 0) + len(row.ids)
+        numbers = {context: number for number, context in enumerate(spans)}
+        order.sort(key=lambda place: numbers[laid[place].context or Context()])
+    packed = [laid[place] for place in order]
+    lengths = tuple(len(row.ids) for row in packed)
+    ids = torch.tensor([token for row in packed for token in row.ids], dtype=torch.long)
+    mask = torch.tensor([trained for row in packed for trained in row.mask], dtype=torch.bool)
     position_ids = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.zeros_like(ids)
     mask &= position_ids > 0
-    taught = torch.tensor([part.row.choices is not None for part in parts for _ in part.row.ids], dtype=torch.bool)
-    teacher, contexts = _choices(parts), (tuple(spans), tuple(spans.values()))
-    return Packed(ids, position_ids, mask, lengths, *contexts, taught[mask], *teacher, _rivals(parts))
+    taught = torch.tensor([row.choices is not None for row in packed for _ in row.ids], dtype=torch.bool)[mask]
+    starts = dict(zip(order, accumulate(lengths, initial=0), strict=False))
+    own = [starts[place] + row.rival.at for place, row in enumerate(rows) if row.rival is not None]
+    others = [starts[len(rows) + number] + one.at for number, (_, one) in enumerate(rivals)]
+    partings = torch.tensor([own, others], dtype=torch.long)
+    contexts = (tuple(spans), tuple(spans.values()))
+    return Packed(ids, position_ids, mask, lengths, *contexts, taught, *_choices(packed), partings)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A row in a stream, under one context."""
-
-    context: Context | None
-    number: int
-    row: Row
-    copy: bool = False
-
-
-def _choices(parts: Sequence[_Part]) -> tuple[Int[Tensor, "taught choices"], Float[Tensor, "taught choices"]]:
+def _choices(rows: Sequence[Row]) -> tuple[Int[Tensor, "taught choices"], Float[Tensor, "taught choices"]]:
     """Those of all rows that have some, one after the other."""
-    held = [part.row.choices for part in parts if part.row.choices is not None and not part.copy]
+    held = [row.choices for row in rows if row.choices is not None]
     if not held:
         return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0)
     tokens = torch.from_numpy(np.concatenate([one.tokens for one in held])).long()
     return tokens, torch.from_numpy(np.concatenate([one.logprobs for one in held])).float()
-
-
-def _rivals(parts: Sequence[_Part]) -> Int[Tensor, "2 contrasts"]:
-    """Where the tokens lie that a row's rival would change: in the row, and in its copy."""
-    places: dict[tuple[int, bool], list[int]] = {}
-    start = 0
-    for part in parts:
-        if (rival := part.row.rival) is not None:
-            changed = enumerate(rival.changed)
-            places[part.number, part.copy] = [start + n for n, other in changed if other and n > 0]
-        start += len(part.row.ids)
-    rows = [number for number, copy in places if copy]
-    sides = [[at for number in rows for at in places[number, copy]] for copy in (False, True)]
-    return torch.tensor(sides, dtype=torch.long)
 
 
 def _windows(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -14,8 +14,7 @@ from typing import Any
 
 from engrain.adapter import Adapter, load_peft
 from engrain.agent import Adapters, as_policy, file_digest, text_digest
-from engrain.context import Context
-from engrain.controls import CONTROLS, Control
+from engrain.controls import CONTROLS, Control, own
 from engrain.errors import InputError
 from engrain.evaluate import Progress, page, write_report
 from engrain.hypernetwork import HEAD, load_hypernetwork
@@ -23,7 +22,7 @@ from engrain.model import Base, base_digest, load_base
 from engrain.policy import Episode, Policy
 from engrain.probe import Cell, Plan, Subject, Suite, probe, subject
 from engrain.renderer import Renderer
-from engrain.score import Interval, bootstrap, succeeded
+from engrain.score import Interval, paired_difference, succeeded
 from engrain.trajectory import read_trajectories
 from engrain.workflow import Instructions
 
@@ -92,7 +91,7 @@ def arms(hypernetwork: Path, base: Path, against: Mapping[str, Path]) -> dict[st
     """
     found = {"base": Arm(subject(base), "shared"), "prompt": Arm(subject(base), "full")}
     found[OURS] = Arm(_reading(hypernetwork, base), "shared")
-    found |= {name: Arm(_reading(hypernetwork, base, name, control), "shared") for name, control in CONTROLS.items()}
+    found |= {name: Arm(_reading(hypernetwork, base, control), "shared") for name, control in CONTROLS.items()}
     for name, path in against.items():
         if name in found:
             raise InputError(f"an arm {name!r} is there already; name {path} otherwise")
@@ -122,55 +121,51 @@ def compare(
     differences: dict[str, dict[str, Interval]] = {}
     if OURS in outcomes:
         for name in [name for name in outcomes if name != OURS]:
-            differences[name] = {one: _difference(outcomes[OURS][one], done) for one, done in outcomes[name].items()}
+            differences[name] = {
+                one: paired_difference(outcomes[OURS][one], done, lambda task: task[:2])
+                for one, done in outcomes[name].items()
+            }
     made = Comparison(plan, cells, differences)
     write_report(out, made.to_dict(), made.markdown())
     return made
 
 
-def _reading(path: Path, base: Path, name: str = "", control: Control | None = None) -> Subject:
+AdapterOf = Callable[[Episode], Adapter]
+
+
+def _reading(path: Path, base: Path, control: Control = own) -> Subject:
     """A hypernetwork that reads each tenant's rules, or what a control gives it."""
 
-    def source(loaded: Base) -> Callable[[Episode], Adapter | None]:
+    def load(loaded: Base) -> AdapterOf:
         adapters = Adapters(load_hypernetwork(path, loaded))
+        return lambda episode: adapters(
+            control(episode.workflow.context, episode.task.tenant, list(episode.workflow.tenants))
+        )
 
-        def adapter_of(episode: Episode) -> Adapter:
-            workflow, tenant = episode.workflow, episode.task.tenant
-            if workflow is None:
-                raise InputError("a hypernetwork needs the episode's workflow to read its tenant's rules")
-            return adapters(_context(workflow.context, tenant, list(workflow.tenants), control))
-
-        return adapter_of
-
-    files = "".join(file_digest(file) for file in sorted(path.iterdir()))
-    return Subject(text_digest(f"{base_digest(base)} {files} {name}"), lambda parallel: _policy(base, source, parallel))
-
-
-def _context(read: Callable[[str], Context], tenant: str, tenants: list[str], control: Control | None) -> Context:
-    return control(read, tenant, tenants) if control else read(tenant)
+    return _adapted(path, base, control.__name__, load)
 
 
 def _constant(path: Path, base: Path) -> Subject:
     """One LoRA for all."""
 
-    def source(loaded: Base) -> Callable[[Episode], Adapter | None]:
+    def load(loaded: Base) -> AdapterOf:
         adapter = load_peft(path)
         return lambda episode: adapter
 
-    files = "".join(file_digest(file) for file in sorted(path.iterdir()))
-    return Subject(text_digest(f"{base_digest(base)} {files}"), lambda parallel: _policy(base, source, parallel))
+    return _adapted(path, base, "constant", load)
 
 
-def _policy(base: Path, source: Callable[[Base], Callable[[Episode], Adapter | None]], parallel: int) -> Policy:
-    loaded = load_base(base)
-    return as_policy(loaded.model, Renderer(loaded.tokenizer), parallel, source(loaded))
+def _adapted(path: Path, base: Path, name: str, load: Callable[[Base], AdapterOf]) -> Subject:
+    """The base with what a directory's files make of an episode."""
+
+    def policy(parallel: int) -> Policy:
+        loaded = load_base(base)
+        return as_policy(loaded.model, Renderer(loaded.tokenizer), parallel, load(loaded))
+
+    files = " ".join(file_digest(file) for file in sorted(path.iterdir()) if file.is_file())
+    return Subject(text_digest(f"{base_digest(base)} {files} {name}"), policy)
 
 
 def _outcomes(out: Path, capability: str, plan: Plan) -> Outcomes:
     runs = [run for seed in range(plan.seeds) for run in read_trajectories(out / f"{capability}.{seed}.jsonl")]
     return {(run.workflow, run.tenant, run.task): float(succeeded(run)) for run in runs}
-
-
-def _difference(ours: Outcomes, theirs: Outcomes) -> Interval:
-    shared = [task for task in ours if task in theirs]
-    return bootstrap([ours[task] - theirs[task] for task in shared], [task[:2] for task in shared])

@@ -16,7 +16,7 @@ def contrasted(row: Row, other: Row) -> Row:
 
     As it is if they never part at a trained token, or if the other has no context.
     """
-    parting = next((n for n, pair in enumerate(zip(row.ids, other.ids, strict=False)) if pair[0] != pair[1]), None)
-    if parting is None or other.context is None or not row.mask[parting]:
+    parting = next((n for n, pair in enumerate(zip(row.ids, other.ids, strict=False)) if pair[0] != pair[1]), 0)
+    if not parting or other.context is None or not row.mask[parting]:
         return row
-    return replace(row, rival=Rival(other.context, [n == parting for n in range(len(row.ids))]))
+    return replace(row, rival=Rival(other.context, parting))

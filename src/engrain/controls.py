@@ -16,6 +16,11 @@ Control = Callable[[Callable[[str], Context], str, Sequence[str]], Context]
 """(tenant -> its context, this tenant, all tenants) -> the context to read."""
 
 
+def own(read: Callable[[str], Context], tenant: str, tenants: Sequence[str]) -> Context:
+    """No control: what the tenant's rules say."""
+    return read(tenant)
+
+
 def another(read: Callable[[str], Context], tenant: str, tenants: Sequence[str]) -> Context:
     """The next tenant's. Raises `InputError` if there is no other."""
     names = sorted(tenants)

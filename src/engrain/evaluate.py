@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from engrain.agent import Agent
-from engrain.controls import CONTROLS, Control
+from engrain.controls import CONTROLS, Control, own
 from engrain.errors import InputError
 from engrain.files import replacing
 from engrain.policy import Policy
@@ -165,7 +165,7 @@ def _arm(
     workflow: Workflow,
     *,
     compiled: bool,
-    control: Control | None = None,
+    control: Control = own,
 ) -> Arm:
     agent.check_workflow(workflow)
     digest = agent.digest() if compiled else agent.manifest.base.digest

@@ -28,8 +28,8 @@ def row_loss(
     """Each masked token by what its row has, in nats, summed; logits are computed only where they are needed.
 
     A row of its own has its tokens' negative log-likelihood; one with a teacher's choices (`distil.with_choices`) the
-    KL divergence from these, all other choices counted as one more. Under a row's rival the tokens that it would change
-    must be less likely by a `margin`; what is missing counts `weight`.
+    KL divergence from these, all other choices counted as one more. Under a row's rival the token where they part must
+    be less likely by a `margin`; what is missing counts `weight`.
     """
     targets = batch.mask.nonzero()[:, 0]
     hidden = packed_hidden(model, batch)
@@ -39,8 +39,8 @@ def row_loss(
     known, wanted = logprobs[batch.taught].gather(-1, batch.choices), batch.choice_logprobs
     wanted, known = (torch.cat([one, _rest(one)], dim=-1) for one in (wanted, known))
     loss = loss + (wanted.exp() * (wanted - known)).sum()
-    if batch.rivals.shape[1]:
-        right, wrong = (_logprob(model, hidden, batch.ids, places) for places in batch.rivals)
+    if batch.partings.shape[1]:
+        right, wrong = (_logprob(model, hidden, batch.ids, places) for places in batch.partings)
         loss = loss + weight * F.relu(margin - (right - wrong)).sum()
     return loss, len(targets)
 

@@ -37,8 +37,8 @@ class Episode:
     phase: Phase
     tools: tuple[Tool, ...]
     """The tools allowed in this phase."""
-    workflow: Workflow | None = None
-    """What it is a task of, where that is known: a hypernetwork reads its tenant's rules there."""
+    workflow: Workflow
+    """What it is a task of: a hypernetwork reads its tenant's rules there."""
 
 
 @runtime_checkable

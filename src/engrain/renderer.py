@@ -53,11 +53,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class Rival:
-    """Another context under which some of a row's tokens would be wrong, such as its own with one rule edited."""
+    """Another context under which a row would go on otherwise, such as its own with one rule edited."""
 
     context: Context
-    changed: Sequence[bool]
-    """Which of the row's tokens that context would change."""
+    at: int
+    """The place of the first token that would be another; not 0, which nothing predicts."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from engrain.trajectory import Message, ToolCall, Trajectory
 
+Task = TypeVar("Task", bound=Hashable)
+"""What names a task."""
 RESAMPLES = 10_000
 INVALID = frozenset({"bad_arguments", "unknown_tool", "not_allowed", "malformed_call"})
 """Errors of a turn that say that the call itself was wrong: refused, or begun and not to be read."""
@@ -87,10 +89,17 @@ def bootstrap(
     return Interval(float(array.mean()), float(low), float(high))
 
 
-def paired_difference(first: Mapping[str, float], second: Mapping[str, float], *, seed: int = 0) -> Interval:
-    """`first` minus `second` on the tasks that both have, resampled task by task."""
+def paired_difference(
+    first: Mapping[Task, float],
+    second: Mapping[Task, float],
+    cluster: Callable[[Task], Hashable] | None = None,
+    *,
+    seed: int = 0,
+) -> Interval:
+    """`first` minus `second` on the tasks that both have, resampled task by task, or by what a task belongs to."""
     shared = [task for task in first if task in second]
-    return bootstrap([first[task] - second[task] for task in shared], seed=seed)
+    clusters = None if cluster is None else [cluster(task) for task in shared]
+    return bootstrap([first[task] - second[task] for task in shared], clusters, seed=seed)
 
 
 def succeeded(trajectory: Trajectory) -> bool:

@@ -147,7 +147,7 @@ def _digest(
     for row in rows:
         context = row.context.digest() if row.context is not None else ""
         taught = b"" if row.choices is None else row.choices.tokens.tobytes() + row.choices.logprobs.tobytes()
-        other = b"" if row.rival is None else row.rival.context.digest().encode() + bytes(row.rival.changed)
+        other = b"" if row.rival is None else f"{row.rival.context.digest()} {row.rival.at}".encode()
         total.update(array("l", row.ids).tobytes() + bytes(row.mask) + context.encode() + taught + other + b"|")
     return total.hexdigest()
 

@@ -6,13 +6,18 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engrain.cli.agents import AgentPath, WorkflowPath, attached
 from engrain.cli.sources import Interrupted, Json
 from engrain.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from engrain import compare as comparing
+    from engrain import evaluate as evaluation
+    from engrain import probe as probing
 
 base = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect and measure a base.")
 
@@ -46,11 +51,7 @@ def evaluate(
     with terminal.evaluating() as progress:
         chosen = evaluation.agent_arms(names, loaded, other, source)
         report = evaluation.evaluate(source, chosen, plan, output, progress)
-    if json:
-        terminal.print_json(report.to_dict())
-    else:
-        terminal.print_table(report.headings, report.rows(), report.notes())
-        typer.echo(f"written: {output / evaluation.REPORT}, {output / evaluation.TABLE}")
+    _show(report, output, json)
 
 
 def _listed(text: str) -> list[str]:
@@ -76,7 +77,6 @@ def compare(
     from engrain import probe as probing
     from engrain.agent import bundled_base
     from engrain.cli import terminal
-    from engrain.evaluate import REPORT, TABLE
     from engrain.source import code_digest
 
     others = {name: Path(path) for name, _, path in (one.partition("=") for one in against or [])}
@@ -95,6 +95,13 @@ def compare(
             report = comparing.compare(picked, chosen, code, plan, output, progress)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; finished arms lie in {output}, the same command goes on") from None
+    _show(report, output, json)
+
+
+def _show(report: evaluation.Report | probing.Report | comparing.Comparison, output: Path, json: bool) -> None:
+    from engrain.cli import terminal
+    from engrain.evaluate import REPORT, TABLE
+
     if json:
         terminal.print_json(report.to_dict())
     else:
@@ -129,7 +136,6 @@ def probe(
     from engrain import probe as probing
     from engrain.agent import bundled_base
     from engrain.cli import terminal
-    from engrain.evaluate import REPORT, TABLE
     from engrain.source import code_digest
 
     suite = _suite(suite)
@@ -142,11 +148,7 @@ def probe(
             report = probing.probe(subject, chosen, code_digest(suite), plan, output, progress)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; finished probes lie in {output}, the same command goes on") from None
-    if json:
-        terminal.print_json(report.to_dict())
-    else:
-        terminal.print_table(report.headings, report.rows(), report.notes())
-        typer.echo(f"written: {output / REPORT}, {output / TABLE}")
+    _show(report, output, json)
 
 
 @base.command("show")
