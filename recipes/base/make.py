@@ -206,10 +206,10 @@ def watch(tokenizer: PreTrainedTokenizerBase) -> Probe:
     return look
 
 
-def curves(work: Path) -> str:
+def curves(work: Path, stages: Sequence[Stage]) -> str:
     """Loss and watched probes, a line each time that they were looked at."""
     lines = ""
-    for stage in STAGES:
+    for stage in stages:
         losses: list[float] = []
         for line in (work / stage.name / "metrics.jsonl").read_text().splitlines():
             at = json.loads(line)
@@ -256,14 +256,23 @@ def probed(report: Path, base: Path) -> str:
     return f"## Capability probes\n{table}"
 
 
-def card(size: str, recipe: Recipe, work: Path, parameters: int, english: bool, start: Path | None = None) -> str:
+def card(
+    size: str,
+    recipe: Recipe,
+    work: Path,
+    parameters: int,
+    english: bool,
+    start: Path | None = None,
+    first: int = 0,
+) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     stages = ""
-    for stage in STAGES:
+    for stage in STAGES[first:]:
         one = json.loads((work / stage.name / "result.json").read_text())
         counts = " | ".join(f"{one[name]:,}" for name in ("rows", "generated", "trained", "tokens", "steps"))
         stages += f"| {stage.name} | {counts} | {one['loss']:.4f} | {one['seconds'] / 60:.0f} |\n"
     earlier = f"an earlier base, {base_digest(start)[:12]}; below is what came after" if start else "random weights"
+    begun = (f" --start {start}" if start else "") + (f" --first {STAGES[first].name}" if first else "")
     words = (
         "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances: for the tokenizer, repeated in drills, as other words"
         if english
@@ -286,7 +295,7 @@ start as induction heads (`recipes/base/induction.py`), so that it can copy line
 - Other text: {words}.
 - {torch.get_num_threads()} CPU threads; minutes leave out interruptions.
 - Again, at commit {commit()}: `python recipes/base/make.py --size {size} --tokens {recipe.tokens} --seed \
-{recipe.seed}{" --english ../shared/data" if english else ""}{f" --start {start}" if start else ""} -o src/engrain/base`
+{recipe.seed}{" --english ../shared/data" if english else ""}{begun} -o src/engrain/base`
 
 | stage | rows made | their tokens | with loss | tokens trained on | steps | loss, nats a trained token | minutes |
 |---|---|---|---|---|---|---|---|
@@ -296,7 +305,7 @@ Watched during training: the mean loss of 50 steps, and the share of right answe
 
 | stage | tokens | loss | {" | ".join(WATCHED)} |
 |---|---|---|{"---|" * len(WATCHED)}
-{curves(work)}
+{curves(work, STAGES[first:])}
 {settings}
 """
 
@@ -321,10 +330,14 @@ def main(
         bool, typer.Option(help="on CPUs with bf16 instructions, twice as fast; needs a C++ compiler and ninja")
     ] = False,
     start: Annotated[Path | None, typer.Option(help="a base of this size to go on from, with its tokenizer")] = None,
+    first: Annotated[str, typer.Option(help="the stage to begin with, going on from a --start")] = STAGES[0].name,
     probes: Annotated[Path | None, typer.Option(help="where `engrain base probe` measured it, for the card")] = None,
 ) -> None:
     if size not in SIZES:
         raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}")
+    if first not in (names := [stage.name for stage in STAGES]):
+        raise typer.BadParameter(f"{first!r} is none of {', '.join(names)}")
+    begin = names.index(first)
     chosen = SIZES[size]
     recipe = replace(chosen, seed=seed, tokens=tokens or chosen.tokens, layers=layers or chosen.layers)
     recipe = replace(recipe, compiled=compiled)
@@ -337,13 +350,13 @@ def main(
     else:
         tokenizer = make_tokenizer(work, recipe, english)
         base = Base(initial_model(tokenizer, recipe), tokenizer)
-    for number in range(len(STAGES)):
+    for number in range(begin, len(STAGES)):
         base = train_stage(base, work, recipe, number, processes, english)
     base.model.bfloat16()
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     with replacing(out / "README.md") as file:
-        file.write(card(size, recipe, work, parameters, english is not None, start))
+        file.write(card(size, recipe, work, parameters, english is not None, start, begin))
         file.write(f"\n{probed(probes, out)}" if probes else "")
     typer.echo(f"{out}: {parameters:,} parameters")
 
