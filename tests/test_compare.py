@@ -19,7 +19,8 @@ from engrain.context import Context
 from engrain.controls import CONTROLS
 from engrain.encoder import BaseEncoder
 from engrain.errors import InputError
-from engrain.hypernetwork import Hypernetwork, Settings, save_hypernetwork
+from engrain.hypernetwork import Hypernetwork, save_hypernetwork
+from engrain.learned import Settings
 from engrain.model import load_base, sites
 from engrain.policy import Episode, ScriptTeacher
 from engrain.probe import Capability, Plan, Subject, Trial, WholeTask
@@ -50,7 +51,7 @@ class Silent:
 def made(tiny_base: Path, tmp_path: Path) -> Path:
     base = load_base(tiny_base)
     torch.manual_seed(0)
-    source = Hypernetwork(BaseEncoder(base), sites(base.model), Settings(rank=1, shared_rank=2, width=16, layers=1))
+    source = Hypernetwork(BaseEncoder(base), sites(base.model), Settings(shared_rank=2, width=16, layers=1))
     save_hypernetwork(tmp_path / "hyper", source, base)
     return tmp_path / "hyper"
 

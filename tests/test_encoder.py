@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from engrain.context import Rule
 from engrain.encoder import BaseEncoder, Cached, Features, MiniLMEncoder, open_encoder
 from engrain.errors import InputError, ModelError
-from engrain.model import PACKED, Base, attention
+from engrain.model import PACKED, Base, attention, feeding, taken_in
 
 RULES = [
     Rule("tenant", "refund up to 40"),
@@ -32,7 +32,7 @@ def base(architecture: str) -> Base:
 class Counting:
     """An encoder that knows how often each rule was asked for."""
 
-    width, settings = 3, {"kind": "counting"}
+    width, inputs, settings = 3, dict[str, int](), {"kind": "counting"}
 
     def __init__(self, digest: str = "counting") -> None:
         self.digest, self.asked = digest, list[Rule]()
@@ -47,7 +47,7 @@ class Counting:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_rule_has_the_same_states_in_any_company(architecture: str) -> None:
-    encoder = BaseEncoder(base(architecture), depths=(0.0, 0.5, 1.0))
+    encoder = BaseEncoder(base(architecture), depths=(0.0, 0.5, 1.0), sites=())
     together = encoder(RULES)
     assert together.states.shape[2] == encoder.width == 96
     for rule, states in zip(RULES, together.rows(), strict=True):
@@ -59,7 +59,7 @@ def test_a_rule_has_the_same_states_in_any_company(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_many_rules_in_one_pass_have_the_same_states_to_rounding(architecture: str) -> None:
-    encoder = BaseEncoder(base(architecture), depths=(0.0, 0.5, 1.0))
+    encoder = BaseEncoder(base(architecture))
     exact, fast = encoder(RULES), encoder.together(RULES)
     assert torch.equal(exact.mask, fast.mask) and len(encoder.together([]).states) == 0
     torch.testing.assert_close(fast.states, exact.states, atol=1e-4, rtol=1e-4)
@@ -68,11 +68,25 @@ def test_many_rules_in_one_pass_have_the_same_states_to_rounding(architecture: s
 
 def test_states_are_the_models_hidden_states() -> None:
     mine = base("llama")
-    found = BaseEncoder(mine, depths=(0.5,))(RULES[:1]).states[0]
+    found = BaseEncoder(mine, depths=(0.5,), sites=())(RULES[:1]).states[0]
     ids = mine.tokenizer("tenant: refund up to 40", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         hidden = mine.model(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
     torch.testing.assert_close(found, hidden / hidden.square().mean(-1, keepdim=True).sqrt(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_sites_take_in_ends_the_features(architecture: str) -> None:
+    mine = base(architecture)
+    encoder = BaseEncoder(mine, depths=(0.0,))
+    assert list(encoder.inputs) == feeding(mine.model) and len(encoder.inputs) == 4
+    assert encoder.width == 32 + sum(encoder.inputs.values())
+    found = encoder(RULES[:1]).states[0, :, 32:].split(list(encoder.inputs.values()), dim=1)
+    ids = mine.tokenizer("tenant: refund up to 40", return_tensors="pt")["input_ids"]
+    with torch.no_grad(), taken_in(mine.model, encoder.inputs) as inputs:
+        mine.model(input_ids=ids)
+    for states, site in zip(found, encoder.inputs, strict=True):
+        torch.testing.assert_close(states, inputs[site][0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_training_loop_around_it_changes_nothing_and_is_left_as_it_was() -> None:
@@ -88,9 +102,9 @@ def test_a_training_loop_around_it_changes_nothing_and_is_left_as_it_was() -> No
 
 def test_the_digest_names_base_and_depths() -> None:
     one, other = base("llama"), base("qwen3")
-    encoders = [BaseEncoder(one), BaseEncoder(one, (1.0,)), BaseEncoder(other)]
-    assert len({encoder.digest for encoder in encoders}) == 3
-    for encoder in encoders[:2]:
+    encoders = [BaseEncoder(one), BaseEncoder(one, (1.0,)), BaseEncoder(one, sites=()), BaseEncoder(other)]
+    assert len({encoder.digest for encoder in encoders}) == 4
+    for encoder in encoders[:3]:
         assert open_encoder(encoder.settings, one).digest == encoder.digest
 
 
@@ -109,7 +123,7 @@ def test_what_cannot_be_encoded_is_refused() -> None:
 
 
 def test_no_rules_have_no_states() -> None:
-    features = BaseEncoder(base("llama"))([])
+    features = BaseEncoder(base("llama"), (0.5, 1.0), sites=())([])
     assert features.states.shape == (0, 0, 64) and features.rows() == []
 
 

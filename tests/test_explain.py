@@ -16,7 +16,8 @@ from engrain.context import Context, Rule, Section
 from engrain.encoder import Features, padded
 from engrain.errors import InputError
 from engrain.explain import rule_effects
-from engrain.hypernetwork import Hypernetwork, Settings
+from engrain.hypernetwork import Hypernetwork
+from engrain.learned import Settings
 from engrain.learner import TrainConfig
 from engrain.model import Base, sites
 from engrain.renderer import Row
@@ -30,6 +31,7 @@ class Words:
 
     width, digest = 16, "words"
     settings: Mapping[str, Any] = {}
+    inputs: Mapping[str, int] = {}
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
         return padded([torch.stack([self._vector(word) for word in rule.text.split()]) for rule in rules], self.width)
@@ -57,7 +59,7 @@ def rows() -> list[Row]:
 def test_the_rule_that_an_action_follows_has_the_largest_effect(tmp_path: Path) -> None:
     base = Base(tiny("llama"), PreTrainedTokenizerBase(), "tiny")
     torch.manual_seed(0)
-    source = Hypernetwork(Words(), sites(base.model), Settings(rank=1, shared_rank=4, width=32, layers=1))
+    source = Hypernetwork(Words(), sites(base.model), Settings(shared_rank=4, width=32, layers=1))
     config = TrainConfig(tokens=20_000, batch_tokens=96, lr=5e-3, threads=1, precision="fp32")
     result = train(base, source, rows(), config, tmp_path)
     assert result.loss < 0.3

@@ -14,20 +14,10 @@ from engrain.adapter import Adapter, ConstantAdapter, Factors, delta_weight, loa
 from engrain.context import Context, Rule, Section
 from engrain.encoder import BaseEncoder, Features, padded
 from engrain.errors import InputError, ModelError
-from engrain.hypernetwork import (
-    SOURCES,
-    GenerativeAdapter,
-    Hypernetwork,
-    JointHypernetwork,
-    LearnedSource,
-    Settings,
-    TextToLora,
-    load_hypernetwork,
-    polar,
-    save_hypernetwork,
-    split_site,
-)
-from engrain.layers import Heads
+from engrain.generators import GenerativeAdapter, JointHypernetwork, TextToLora, polar, split_site
+from engrain.hypernetwork import SOURCES, Hypernetwork, load_hypernetwork, save_hypernetwork
+from engrain.layers import Associations, Heads
+from engrain.learned import LearnedSource, Settings
 from engrain.model import Base, adapted, sites
 
 SITES = {"m.0.x": (6, 5), "m.0.y": (7, 3), "m.1.x": (6, 5), "m.1.y": (6, 3)}
@@ -42,7 +32,7 @@ every_source = pytest.mark.parametrize("kind", SOURCES)
 class Words:
     """An encoder of words, each with random states of its own."""
 
-    width, settings = 12, {"kind": "words"}
+    width, settings, inputs = 12, {"kind": "words"}, dict[str, int]()
     digest = "words"
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
@@ -151,19 +141,20 @@ def test_one_step_of_training_leaves_the_zero(kind: str) -> None:
 def test_a_rules_term_is_a_function_of_that_rule_alone() -> None:
     source = rule_wise()
     terms = source.terms(LONG.rules)
-    assert terms.rank == 2 and terms.factors["m.0.y"].b.shape == (3, 3, 2)
+    words = [len(rule.text.split()) for rule in LONG.rules]
+    assert terms.lengths == tuple(words) and terms.factors["m.0.y"].b.shape == (3, sum(words))
     for n, rule in enumerate(LONG.rules):
-        assert equal(one(source.terms([rule]), 0), one(terms, n))
+        assert equal(source.terms([rule]).factors, terms.of(n))
     edited = Context((Section("tenant", "t", ("refund up to 50", "escalate fraud")), LONG.sections[1]))
     after = source.terms(edited.rules)
     for n, (old, new) in enumerate(zip(LONG.rules, edited.rules, strict=True)):
-        assert equal(one(terms, n), one(after, n)) == (old == new)
+        assert equal(terms.of(n), after.of(n)) == (old == new)
 
 
 def test_equal_words_of_another_kind_are_another_rule() -> None:
     source = rule_wise()
     terms = source.terms([Rule("tenant", "limit is 250"), Rule("tool", "limit is 250")])
-    assert not equal(one(terms, 0), one(terms, 1))
+    assert not equal(terms.of(0), terms.of(1))
 
 
 def test_removing_a_rule_removes_exactly_its_term() -> None:
@@ -174,12 +165,25 @@ def test_removing_a_rule_removes_exactly_its_term() -> None:
         left = [n for n in range(3) if n != gone]
         without = source([LONG.without(rule)])
         composed = source.compose(terms, [left])
-        assert equal(without.factors, composed.factors) and (without.alpha, without.rank) == (composed.alpha, 7)
+        rank = SMALL.shared_rank + sum(terms.lengths[n] for n in left)
+        assert equal(without.factors, composed.factors) and (without.alpha, without.rank) == (composed.alpha, rank)
         for site in SITES:
-            term = delta_weight(terms, site)[gone]
+            a, b = terms.of(gone)[site]
             removed = delta_weight(whole, site) - delta_weight(without, site)
-            torch.testing.assert_close(removed[0], term, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(removed[0], SMALL.strength * b @ a, atol=1e-5, rtol=1e-4)
     assert equal(source([EMPTY]).factors, source.compose(terms, [[]]).factors)
+
+
+def test_a_key_meets_the_state_that_the_base_read_the_rule_in() -> None:
+    """Untrained keys, whitened: about 1 for the state itself, near 0 for others."""
+    torch.manual_seed(0)
+    states = torch.randn(600, 48) @ torch.randn(48, 48) + 3
+    heads = Associations({"x": (48, 5)}, {"x": 48}, read=4, width=16)
+    heads.whiten([states])
+    keys = heads([states], torch.randn(600, 4), torch.randn(600, 16))["x"].a.detach()
+    met = keys @ (states - states.mean(dim=0)).T
+    assert 0.6 < met.diagonal().mean() < 1.1
+    assert (met - met.diagonal().diag()).abs().mean() < 0.2
 
 
 def test_a_context_without_rules_has_the_shared_term_only() -> None:
@@ -191,9 +195,8 @@ def test_a_context_without_rules_has_the_shared_term_only() -> None:
 
 def test_strength_does_not_depend_on_the_number_of_rules() -> None:
     source = rule_wise()
-    three, two = source.compose(source.terms(LONG.rules), [[0, 1, 2], [1]]), source.terms(LONG.rules)
-    shared = delta_weight(source([EMPTY]), "m.0.x")[0]
-    torch.testing.assert_close(delta_weight(three, "m.0.x")[1], shared + delta_weight(two, "m.0.x")[1])
+    three, two = source.compose(source.terms(LONG.rules), [[0, 1, 2], [1]]), source([LONG.without(LONG.rules[0])])
+    assert three.alpha / three.rank == two.alpha / two.rank == SMALL.strength
 
 
 def test_heads_start_at_pefts_size_for_every_shape() -> None:
@@ -259,7 +262,7 @@ def test_it_learns_what_depends_on_the_rules_and_a_constant_cannot(
     parts = torch.randn(4, 6, 1) @ torch.randn(4, 1, 5)
     targets = torch.stack([parts[i] + parts[j] for i, j in chosen])
     assert fitted(ConstantAdapter({"x": (6, 5)}, 4), contexts, targets, 120) > 0.5
-    settings = Settings(rank=1 if kind is Hypernetwork else 4, shared_rank=1, width=32, layers=1)
+    settings = Settings(rank=4, shared_rank=1, width=32, layers=1)
     assert least <= fitted(kind(Words(), {"x": (6, 5)}, settings).train(), contexts, targets, 120) < most
 
 
@@ -321,13 +324,13 @@ def test_a_contexts_adapter_is_an_ordinary_peft_directory(tmp_path: Path) -> Non
     single = Adapter(one(adapter, 0), adapter.alpha, adapter.rank)
     save_peft(single, tmp_path / "adapter")
     found = load_peft(tmp_path / "adapter")
-    assert equal(found.factors, single.factors) and (found.alpha, found.rank) == (adapter.alpha, 9)
+    assert equal(found.factors, single.factors) and (found.alpha, found.rank) == (adapter.alpha, 3 + 9)
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ModelError, match="rank"):
-        Hypernetwork(Words(), SITES, Settings(rank=0))
+        JointHypernetwork(Words(), SITES, Settings(rank=0))
     with pytest.raises(ModelError, match="divisible"):
-        Hypernetwork(Words(), SITES, Settings(rank=1, width=30))
+        Hypernetwork(Words(), SITES, Settings(width=30))
     with pytest.raises(InputError, match="at least one context"):
         rule_wise()([])

@@ -16,7 +16,7 @@ from engrain.novelty import FEWEST_CONTEXTS, Novelty
 class Letters:
     """A rule's letters, each a fixed random vector."""
 
-    width, digest, settings = 6, "letters", {"kind": "letters"}
+    width, digest, settings, inputs = 6, "letters", {"kind": "letters"}, dict[str, int]()
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
         table = torch.randn(128, self.width, generator=torch.Generator().manual_seed(0))

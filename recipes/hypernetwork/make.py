@@ -35,7 +35,8 @@ from engrain.context import Context
 from engrain.distil import with_choices
 from engrain.encoder import BaseEncoder, Cached
 from engrain.files import replacing
-from engrain.hypernetwork import SOURCES, LearnedSource, Settings, load_hypernetwork, save_hypernetwork
+from engrain.hypernetwork import SOURCES, load_hypernetwork, save_hypernetwork
+from engrain.learned import LearnedSource, Settings
 from engrain.model import PACKED, Base, adapted, attention, load_base, packed_hidden, sites
 from engrain.objective import output_logits
 from engrain.renderer import Renderer, Row
@@ -136,7 +137,7 @@ def main(
     base: Annotated[Path | None, typer.Option(help="another base than the bundled one")] = None,
     kind: Annotated[str, typer.Option(help=", ".join(SOURCES))] = "rule-wise",
     tokens: int = 24_000_000,
-    rank: Annotated[int, typer.Option(help="of each rule's term, or of the one term of a kind without rules")] = 1,
+    rank: Annotated[int, typer.Option(help="of a context's term, in a kind that is not rule-wise")] = 8,
     width: int = 128,
     lr: float = 1e-3,
     seed: int = 0,
@@ -159,7 +160,7 @@ def main(
             budget = tokens_of(stage, tokens)
             config = TrainConfig(
                 tokens=budget,
-                batch_tokens=8192,
+                batch_tokens=4096,
                 lr=lr,
                 final=0.1 if stage is STAGES[-1] else 1.0,  # a stage that ends early must not have slowed down before
                 seed=seed,
@@ -172,6 +173,8 @@ def main(
             def look(step: int, model: PreTrainedModel, watched: list[Row] = watched) -> dict[str, float]:
                 return {name: lines_right(loaded, source, watched, ARMS[name]) for name in ("right", "edited")}
 
+            if stage is STAGES[0]:
+                source.prepare([row.context for row in made if row.context is not None])
             enough = partial(passed, stage)
             result = train(loaded, source.train(), made, config, folder, probe=look, enough=enough)
             source.learnt_from([row.context for row in made if row.context is not None])

@@ -1,8 +1,8 @@
 """`Adapter`: LoRA factors for named linear sites, and the plain functions on them.
 
 Invariant: a site with factors `a: rank d_in` and `b: d_out rank` changes its output by (alpha / rank) · b @ a · x, and
-only `lora_delta` applies that scale. Leading batch dimensions hold one adapter a context. On disk an adapter is an
-ordinary PEFT directory.
+only `lora_delta` applies that scale. A site may have less than the adapter's rank. Leading batch dimensions hold one
+adapter a context. On disk an adapter is an ordinary PEFT directory.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def concat(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def stack(adapters: Sequence[Adapter | None]) -> Adapter:
-    """A batch of adapters of one base; None has no effect. Ranks are filled up with zeros, sites united."""
+    """A batch of adapters of one base; None has no effect. A site's ranks are filled up with zeros, sites united."""
     own = [adapter for adapter in adapters if adapter is not None]
     if not own:
         raise ValueError("stack needs at least one adapter")
@@ -137,7 +137,9 @@ def stack(adapters: Sequence[Adapter | None]) -> Adapter:
     even = [_with_strength(adapter or nothing, strength) for adapter in adapters]
     factors: dict[str, Factors] = {}
     for site in dict.fromkeys(site for adapter in own for site in adapter.factors):
-        pairs = [_of_rank(pair, rank) for pair in _pairs(even, site)]
+        pairs = _pairs(even, site)
+        most = max(a.shape[-2] for a, _ in pairs)
+        pairs = [_of_rank(pair, most) for pair in pairs]
         factors[site] = Factors(torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))
     return Adapter(factors, strength * rank, rank)
 
@@ -193,7 +195,8 @@ def save_peft(adapter: Adapter, path: Path, base: str = "") -> None:
         "alpha_pattern": {},
     }
     tensors = {}
-    for site, (a, b) in adapter.factors.items():
+    for site, pair in adapter.factors.items():
+        a, b = _of_rank(pair, adapter.rank)
         tensors[f"{_PREFIX}{site}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{site}.lora_B.weight"] = b.detach().cpu().contiguous()
     with replacing_directory(path) as aside:

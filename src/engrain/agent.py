@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from engrain.adapter import Adapter
     from engrain.context import Context
     from engrain.engine import CompiledPolicy
-    from engrain.hypernetwork import LearnedSource
+    from engrain.learned import LearnedSource
     from engrain.model import Base
     from engrain.policy import Episode
     from engrain.renderer import Renderer

@@ -272,18 +272,21 @@ def _train(
 
     from engrain.adapter import ConstantAdapter
     from engrain.encoder import BaseEncoder, Cached
-    from engrain.hypernetwork import Hypernetwork, Settings
+    from engrain.hypernetwork import Hypernetwork
+    from engrain.learned import Settings
     from engrain.model import sites
     from engrain.train import TrainConfig, train
 
     source: ConstantAdapter | Hypernetwork | None = None
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
+        contexts = [row.context for row in rows if row.context is not None]
         if config.to == "lora":
             source = ConstantAdapter(sites(base.model), config.rank)
         elif config.to == "hypernetwork":
-            settings = Settings(rank=1, shared_rank=config.rank)
+            settings = Settings(shared_rank=config.rank)
             source = Hypernetwork(Cached(BaseEncoder(base)), sites(base.model), settings)
+            source.prepare(contexts)
     training = TrainConfig(
         tokens=config.tokens,
         batch_tokens=config.step_tokens,
@@ -293,7 +296,7 @@ def _train(
     )
     result = train(base, source, rows, training, work.claim() / "train")
     if isinstance(source, Hypernetwork):
-        source.learnt_from([row.context for row in rows if row.context is not None])
+        source.learnt_from(contexts)
     return source, result
 
 

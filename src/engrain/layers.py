@@ -8,7 +8,7 @@ product, so that an untrained hypernetwork changes nothing and still learns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -22,6 +22,10 @@ from engrain.encoder import Features
 from engrain.errors import ModelError
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+WHITENING_RIDGE = 0.05
+"""Added to each variance, as a share of the mean variance."""
+TURNING, STRENGTH = 0.3, 0.25
+"""What a step of Adam moves: so much of how keys are turned, and of how strongly they act."""
 
 
 class Attention(nn.Module):
@@ -138,6 +142,64 @@ class Heads(nn.Module):
         return {site: factors[site] for site in self.sites}
 
 
+class Associations(nn.Module):
+    """Tokens to one association each at every site: a key, to which the site's input is compared, and a value.
+
+    Where a site's input is known, as the base reads the token, the key starts as that input, whitened: compared with
+    itself it gives about 1, with an unlike one about d_in^-0.5. The value starts as what the next token reads like,
+    times a strength of zero.
+    """
+
+    def __init__(self, sites: Mapping[str, tuple[int, int]], inputs: Mapping[str, int], read: int, width: int) -> None:
+        super().__init__()
+        self.sites, self.known = dict(sites), tuple(inputs)
+        self.keys, self.values, self.turns = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict()
+        for site, (d_in, d_out) in sites.items():
+            name = _name(site)
+            self.keys[name] = key = nn.Linear(width, d_in, bias=False)
+            nn.init.normal_(key.weight, std=0.0 if site in inputs else 1.0)
+            self.values[name] = value = nn.Linear(read + width, d_out, bias=False)
+            nn.init.eye_(value.weight)
+            if site in inputs:
+                self.turns[name] = nn.Parameter(torch.zeros(d_in, d_in))
+                self.register_buffer(f"mean/{name}", torch.zeros(d_in))
+                self.register_buffer(f"whitening/{name}", torch.eye(d_in))
+        self.gate = nn.Linear(width, len(sites))
+        nn.init.zeros_(self.gate.weight)
+        self.strength = nn.Parameter(torch.zeros(len(sites)))
+
+    @torch.no_grad()
+    def whiten(self, inputs: Sequence[Float[Tensor, "tokens _"]]) -> None:
+        """Learn what is usual at the sites that are known, before training."""
+        for site, states in zip(self.known, inputs, strict=True):
+            covariance = torch.cov(states.double().T)
+            ridge = WHITENING_RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+            values, vectors = torch.linalg.eigh(covariance + ridge)
+            self.get_buffer(f"mean/{_name(site)}").copy_(states.mean(dim=0))
+            self.get_buffer(f"whitening/{_name(site)}").copy_((vectors * values.rsqrt()) @ vectors.T)
+
+    def forward(
+        self,
+        inputs: Sequence[Float[Tensor, "tokens _"]],
+        after: Float[Tensor, "tokens read"],
+        seen: Float[Tensor, "tokens width"],
+    ) -> dict[str, Factors]:
+        """All of a site's associations side by side along rank. `inputs` are of the sites that are known."""
+        known = dict(zip(self.known, inputs, strict=True))
+        gates = 2 * self.gate(seen).sigmoid() * self.strength * STRENGTH
+        factors = {}
+        for n, (site, (d_in, _)) in enumerate(self.sites.items()):
+            name = _name(site)
+            key = self.keys[name](seen) * seen.shape[-1] ** -0.5
+            if site in known:
+                whitening = self.get_buffer(f"whitening/{name}")
+                own = (known[site] - self.get_buffer(f"mean/{name}")) @ whitening
+                key = (own + TURNING * own @ self.turns[name] + key) @ whitening
+            value = self.values[name](torch.cat([after, seen], dim=-1)) * gates[:, n, None]
+            factors[site] = Factors(key / d_in, value.mT)
+        return factors
+
+
 def residual_mlp(width: int) -> nn.Sequential:
     """The branch of a residual MLP: norm, four times the width, back."""
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -148,6 +210,11 @@ def positions(tokens: int, width: int) -> Float[Tensor, "tokens width"]:
     speed = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
     angle = torch.arange(tokens)[:, None] * speed
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]
+
+
+def _name(site: str) -> str:
+    """A module's name may not contain a dot."""
+    return site.replace(".", "/")
 
 
 def _key(shape: tuple[int, int]) -> str:

@@ -23,7 +23,7 @@ from engrain.batch import Packed
 from engrain.checkpoint import Checkpoint
 from engrain.errors import InputError
 from engrain.gradients import NEVER, UNEVEN, Gradients, Sum, accumulate, keep_freed_memory, shared
-from engrain.hypernetwork import LearnedSource
+from engrain.learned import LearnedSource
 from engrain.model import PACKED, Base, adapted, attention
 from engrain.objective import Objective
 

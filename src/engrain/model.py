@@ -7,7 +7,7 @@ untouched; packed attention over a stream of rows gives what each row gives alon
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,33 @@ def sites(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     }
 
 
+def feeding(model: PreTrainedModel) -> list[str]:
+    """The sites that write into the residual stream: those that end an attention or an MLP.
+
+    Raises `ModelError` if none has a name that Llama, Qwen, Mistral and their kin use.
+    """
+    found = [site for site in sites(model) if site.endswith((".o_proj", ".down_proj"))]
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no linear layers named o_proj or down_proj; name sites yourself")
+    return found
+
+
+@contextmanager
+def taken_in(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, what each of these sites took in at the last forward."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, taken: inputs.__setitem__(site, taken[0])
+
+    handles = [linear(model, site).register_forward_pre_hook(keep(site)) for site in names]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> Iterator[None]:
     """Within the block, every forward of the model has the adapter's term added at its sites.
@@ -104,10 +131,10 @@ def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> It
     handles = []
     try:
         for site, (a, b) in adapter.factors.items():
-            linear = _linear(model, site, (a.shape[-1], b.shape[-2]))
+            layer = _fitting(model, site, (a.shape[-1], b.shape[-2]))
             strength = (adapter.alpha, adapter.rank)
             adding = _adding_apart(a, b, *strength, spans) if a.dim() == 3 and spans else _adding(a, b, *strength)
-            handles.append(linear.register_forward_hook(adding))
+            handles.append(layer.register_forward_hook(adding))
         yield
     finally:
         for handle in handles:
@@ -178,17 +205,22 @@ def _band(tokens: int, window: int | None, device: torch.device) -> Tensor | Non
     return seen.triu(1 - window)
 
 
-def _linear(model: nn.Module, site: str, shape: tuple[int, int]) -> nn.Linear:
+def linear(model: nn.Module, site: str) -> nn.Linear:
+    """The linear layer at a site. Raises `ModelError` if there is none."""
     try:
-        linear = model.get_submodule(site)
+        found = model.get_submodule(site)
     except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
+        found = None
+    if not isinstance(found, nn.Linear):
         raise ModelError(f"the base has no linear layer {site!r}; use the base that the adapter was made for")
-    if (linear.in_features, linear.out_features) != shape:
-        found = (linear.in_features, linear.out_features)
+    return found
+
+
+def _fitting(model: nn.Module, site: str, shape: tuple[int, int]) -> nn.Linear:
+    layer = linear(model, site)
+    if (found := (layer.in_features, layer.out_features)) != shape:
         raise ModelError(f"at {site!r} the base is {found} and the adapter {shape}; use the adapter's own base")
-    return linear
+    return layer
 
 
 def _adding(a: Tensor, b: Tensor, alpha: float, rank: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from engrain.context import Context, Rule
+from engrain.context import Context
 from engrain.encoder import Encoder
 
 FEWEST_CONTEXTS = 40
@@ -29,7 +29,7 @@ RIDGE = 1e-3
 
 
 class Novelty(nn.Module):
-    """Measured once after training; saved with the hypernetwork."""
+    """Of the first `width` features. Measured once after training; saved with the hypernetwork."""
 
     mean: Float[Tensor, " width"]
     whitening: Float[Tensor, "width width"]
@@ -50,7 +50,7 @@ class Novelty(nn.Module):
         distinct = distinct[:: math.ceil(len(distinct) / MOST_CONTEXTS)]
         usual, others = [one for n, one in enumerate(distinct) if n % 5], distinct[::5]
         rules = list(dict.fromkeys(rule for context in usual for rule in context.rules))
-        points = torch.stack([states.mean(dim=0) for states in encoder.together(rules).rows()]).double()
+        points = torch.stack([self._point(states) for states in encoder.together(rules).rows()]).double()
         covariance = torch.cov(points.T)
         covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
         root = torch.linalg.cholesky(covariance)
@@ -63,9 +63,8 @@ class Novelty(nn.Module):
         """About 1 for what is usual; 0 without rules, and for all before `fit`."""
         if not context.rules:
             return 0.0
-        points = torch.stack([_point(encoder, rule) for rule in context.rules]).to(self.mean)
+        points = torch.stack([self._point(encoder([rule]).rows()[0]) for rule in context.rules]).to(self.mean)
         return float(((points - self.mean) @ self.whitening.T).square().mean(dim=-1).sqrt().mean())
 
-
-def _point(encoder: Encoder, rule: Rule) -> Float[Tensor, " width"]:
-    return encoder([rule]).rows()[0].mean(dim=0)
+    def _point(self, states: Float[Tensor, "tokens features"]) -> Float[Tensor, " width"]:
+        return states[:, : len(self.mean)].mean(dim=0)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from engrain.batch import pack
 from engrain.checkpoint import latest_checkpoint, save_checkpoint
 from engrain.errors import InputError
-from engrain.hypernetwork import LearnedSource
+from engrain.learned import LearnedSource
 from engrain.learner import Learner, Position, Probe, TrainConfig
 from engrain.metrics import Metrics
 from engrain.model import Base
