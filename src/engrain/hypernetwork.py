@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,6 +38,8 @@ from engrain.learned import LearnedSource, Settings, Sites, distinct_rules
 from engrain.model import Base
 
 SCHEMA = "engrain.hypernetwork/1"
+MOST_RULES = 1000
+"""Whose tokens tell what is usual at a site."""
 HEAD, _WEIGHTS = "hypernetwork.json", "hypernetwork.safetensors"
 
 
@@ -69,7 +72,7 @@ class Hypernetwork(LearnedSource):
 
     def prepare(self, contexts: Sequence[Context]) -> None:
         rules, _ = distinct_rules(contexts)
-        states = torch.cat(self.features(rules).rows())
+        states = torch.cat(self.encoder.together(rules[:: math.ceil(len(rules) / MOST_RULES)]).rows())
         self.heads.whiten(self._inputs(states))
 
     def terms(self, rules: Sequence[Rule]) -> Terms:
