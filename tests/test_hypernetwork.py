@@ -277,6 +277,11 @@ def test_a_saved_hypernetwork_is_the_same_bit_for_bit(kind: str, tmp_path: Path)
     with torch.no_grad():
         assert equal(again([LONG, SHORT]).factors, source([LONG, SHORT]).factors)
     assert {file.name for file in (tmp_path / "hyper").iterdir()} == {"hypernetwork.json", "hypernetwork.safetensors"}
+    save_hypernetwork(tmp_path / "half", source, base, torch.bfloat16)
+    sizes = [(tmp_path / name / "hypernetwork.safetensors").stat().st_size for name in ("half", "hyper")]
+    assert sizes[0] < 0.7 * sizes[1]
+    for site, (a, _) in load_hypernetwork(tmp_path / "half", base)([SHORT]).factors.items():
+        torch.testing.assert_close(a, source([SHORT]).factors[site].a, atol=0.05, rtol=0.05)
 
 
 def test_a_hypernetwork_for_another_base_or_encoder_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 It reads a tenant's rules and writes an adapter with which the base knows them, none in its prompt. Stages are a
 curriculum in the number of rules and in their words (`rules_apart.py`); each but the last ends once it has taught
 enough. After each it says which share of the lines of unseen tenants would be written right, under the right rules,
-another tenant's and none. Training resumes; the result appears whole.
+another tenant's and none, and by the base with the rules in its prompt. Training resumes; the result appears whole.
 """
 
 from __future__ import annotations
@@ -87,22 +87,25 @@ def lines_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], 
 
 def unseen(
     renderer: Renderer, stage: Stage, asked: int, families: tuple[str, ...] = TRAINED, seed: int = UNSEEN
-) -> list[Row]:
-    """Rows of tenants that training does not meet."""
-    held, _ = rows(renderer, stage, seed, asked * 3000, families)
-    return random.Random(0).sample(held, min(asked, len(held)))
+) -> tuple[list[Row], list[Row]]:
+    """Rows of tenants that training does not meet, and the same with the rules in the prompt."""
+    pairs = list(zip(*rows(renderer, stage, seed, asked * 3000, families), strict=True))
+    held, prompted = zip(*random.Random(0).sample(pairs, min(asked, len(pairs))), strict=True)
+    return list(held), list(prompted)
 
 
 def report(base: Base, source: LearnedSource, stage: Stage, asked: int) -> dict[str, dict[str, float]]:
     renderer, found, chosen = Renderer(base.tokenizer), dict[str, dict[str, float]](), list[Row]()
     for split, families in (("unseen tenants", TRAINED), ("unseen families", HELD_OUT)):
-        chosen = unseen(renderer, stage, asked, families)
+        chosen, prompted = unseen(renderer, stage, asked, families)
         found[split] = {name: lines_right(base, source, chosen, arm) for name, arm in ARMS.items()}
         found[split]["base alone"] = lines_right(base, None, chosen, ARMS["none"])
+        found[split]["prompted"] = lines_right(base, None, prompted, ARMS["none"])
     contexts = [row.context for row in chosen if row.context is not None]
     others = unrelated(renderer, UNSEEN, contexts)
     found["unrelated"] = {name: lines_right(base, source, others, arm) for name, arm in ARMS.items()}
     found["unrelated"]["base alone"] = lines_right(base, None, others, ARMS["none"])
+    found["unrelated"]["prompted"] = found["unrelated"]["base alone"]
     return found
 
 
@@ -168,7 +171,7 @@ def main(
                 probe_every_steps=LOOK_EVERY,
             )
             made = taught(loaded, stage, seed, budget, distilled)
-            watched = unseen(renderer, stage, WATCHED, seed=UNSEEN + 1)
+            watched, _ = unseen(renderer, stage, WATCHED, seed=UNSEEN + 1)
 
             def look(step: int, model: PreTrainedModel, watched: list[Row] = watched) -> dict[str, float]:
                 return {name: lines_right(loaded, source, watched, ARMS[name]) for name in ("right", "edited")}
@@ -185,7 +188,7 @@ def main(
         source.load_state_dict(load_hypernetwork(folder / "done", loaded, encoder).state_dict())
         held = json.loads((folder / "result.json").read_text())
         show(held["lines right"], f"{stage.name}: {held['tokens']:,} tokens, {held['loss']:.3f} nats, % of lines right")
-    save_hypernetwork(out, source, loaded)
+    save_hypernetwork(out, source, loaded, torch.bfloat16)
 
 
 if __name__ == "__main__":

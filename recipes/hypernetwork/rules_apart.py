@@ -50,6 +50,8 @@ class Stage:
 
 STAGES = (
     Stage("few", 2, most_rules=8, drills=1.0, disguised=0.0, kinds=(1, 2)),
+    Stage("words", 2, most_rules=8, drills=1.0, disguised=DISGUISED, kinds=(1, 2)),
+    Stage("more", 2, most_rules=16, drills=1.0, disguised=DISGUISED, kinds=(2, 4)),
     Stage("rules", 3, most_rules=40, drills=1.0, disguised=DISGUISED),
     Stage("tasks", 5, most_rules=40, drills=0.3, disguised=DISGUISED),
 )

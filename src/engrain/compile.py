@@ -77,7 +77,7 @@ class CompileConfig:
     """Tokens to train on."""
     to: Target = "lora"
     rank: int = 32
-    """Of the adapter; of a hypernetwork's shared term, beside which each rule of a context has a term of rank 1."""
+    """Of the adapter; of a hypernetwork's shared term, beside which each token of a rule has a term of rank 1."""
     lr: float | None = None
     """Learning rate; by default 2e-3 for LoRA, 5e-4 for full fine-tuning and 1e-3 for a hypernetwork."""
     longest: int = 8192

@@ -124,8 +124,8 @@ SOURCES: Mapping[str, type[LearnedSource]] = {
 }
 
 
-def save_hypernetwork(path: Path, module: LearnedSource, base: Base) -> None:
-    """Write weights and what they were trained for as a directory, whole or not at all."""
+def save_hypernetwork(path: Path, module: LearnedSource, base: Base, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights, in this dtype, and what they were trained for as a directory, whole or not at all."""
     if not base.digest:
         raise ModelError("expected a base with a digest to bind the hypernetwork to; load it with load_base")
     head = {
@@ -138,7 +138,7 @@ def save_hypernetwork(path: Path, module: LearnedSource, base: Base) -> None:
     }
     with replacing_directory(path) as aside:
         try:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+            tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
             save_file(tensors, aside / _WEIGHTS)
         except SafetensorError as error:
             raise OSError(f"{_WEIGHTS}: {error}") from error
