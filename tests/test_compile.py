@@ -91,7 +91,7 @@ def test_a_hypernetwork_makes_an_adapter_for_a_tenant_that_was_not_trained(
         wanted = adapters(workflow.context(tenant))
         assert got is not None and all(torch.equal(got.factors[site].a, wanted.factors[site].a) for site in got.factors)
     assert one is adapters(workflow.context("south")) is not other
-    terms = [delta_weight(each, "model.layers.0.self_attn.q_proj") for each in (one, other)]
+    terms = [delta_weight(each, "model.layers.0.self_attn.o_proj") for each in (one, other)]
     assert terms[0].any() and not torch.equal(*terms)  # it was trained, and it reads the rules
 
     new = workflow.with_tenant(Section("tenant", "east", ("lend nothing on Sundays",)))
