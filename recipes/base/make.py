@@ -330,14 +330,15 @@ def main(
         bool, typer.Option(help="on CPUs with bf16 instructions, twice as fast; needs a C++ compiler and ninja")
     ] = False,
     start: Annotated[Path | None, typer.Option(help="a base of this size to go on from, with its tokenizer")] = None,
-    first: Annotated[str, typer.Option(help="the stage to begin with, going on from a --start")] = STAGES[0].name,
+    first: Annotated[str | None, typer.Option(help="the stage to begin with, going on from a --start")] = None,
     probes: Annotated[Path | None, typer.Option(help="where `engrain base probe` measured it, for the card")] = None,
 ) -> None:
     if size not in SIZES:
         raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}")
-    if first not in (names := [stage.name for stage in STAGES]):
+    names = [stage.name for stage in STAGES]
+    if first is not None and first not in names:
         raise typer.BadParameter(f"{first!r} is none of {', '.join(names)}")
-    begin = names.index(first)
+    begin = names.index(first) if first else 0
     chosen = SIZES[size]
     recipe = replace(chosen, seed=seed, tokens=tokens or chosen.tokens, layers=layers or chosen.layers)
     recipe = replace(recipe, compiled=compiled)
