@@ -148,6 +148,16 @@ def test_the_recipe_goes_on_from_an_earlier_base_and_says_so(tmp_path, monkeypat
     assert "Capability probes" not in card
 
 
+def test_it_begins_at_the_stage_that_is_asked_for(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(make, "train_stage", lambda base, work, recipe, number, *_: begun.append(number) or base)
+    monkeypatch.setattr(make, "card", lambda *_: "")
+    make.main(tmp_path / "base", work=tmp_path / "work", start=bundled_base(), first="anneal")
+    assert [make.STAGES[number].name for number in begun] == ["anneal"]
+    with pytest.raises(typer.BadParameter, match="'annealing' is none of routes, "):
+        make.main(tmp_path / "base", work=tmp_path / "work", start=bundled_base(), first="annealing")
+
+
 def test_the_card_takes_the_probes_of_this_base_only(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "STAGES", ())
     again = partial(make.main, tmp_path / "base", work=tmp_path / "work", start=bundled_base(), probes=tmp_path)

@@ -151,6 +151,18 @@ def test_a_rules_term_is_a_function_of_that_rule_alone() -> None:
         assert equal(terms.of(n), after.of(n)) == (old == new)
 
 
+def test_what_is_usual_is_learnt_from_rules_and_not_without() -> None:
+    words = tokenizer("chatml")
+    base = Base(tiny("llama", vocab_size=len(words)), words, digest="mine")
+    source = Hypernetwork(BaseEncoder(base), sites(base.model), SMALL)
+    before = {name: buffer.clone() for name, buffer in source.heads.named_buffers()}
+    source.prepare([EMPTY])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in source.heads.named_buffers())
+    source.prepare([LONG, SHORT])
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in source.heads.named_buffers())
+    assert all(buffer.isfinite().all() for buffer in source.heads.buffers())
+
+
 def test_equal_words_of_another_kind_are_another_rule() -> None:
     source = rule_wise()
     terms = source.terms([Rule("tenant", "limit is 250"), Rule("tool", "limit is 250")])

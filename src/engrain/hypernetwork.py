@@ -72,6 +72,8 @@ class Hypernetwork(LearnedSource):
 
     def prepare(self, contexts: Sequence[Context]) -> None:
         rules, _ = distinct_rules(contexts)
+        if not rules:
+            return
         states = torch.cat(self.encoder.together(rules[:: math.ceil(len(rules) / MOST_RULES)]).rows())
         self.heads.whiten(self._inputs(states))
 
