@@ -156,6 +156,8 @@ def test_it_begins_at_the_stage_that_is_asked_for(tmp_path, monkeypatch):
     assert [make.STAGES[number].name for number in begun] == ["anneal"]
     with pytest.raises(typer.BadParameter, match="'annealing' is none of routes, "):
         make.main(tmp_path / "base", work=tmp_path / "work", start=bundled_base(), first="annealing")
+    with pytest.raises(typer.BadParameter, match="--start"):
+        make.main(tmp_path / "base", work=tmp_path / "work", first="anneal")
 
 
 def test_the_card_takes_the_probes_of_this_base_only(tmp_path, monkeypatch):

@@ -207,8 +207,9 @@ def test_a_context_without_rules_has_the_shared_term_only() -> None:
 
 def test_strength_does_not_depend_on_the_number_of_rules() -> None:
     source = rule_wise()
-    three, two = source.compose(source.terms(LONG.rules), [[0, 1, 2], [1]]), source([LONG.without(LONG.rules[0])])
-    assert three.alpha / three.rank == two.alpha / two.rank == SMALL.strength
+    terms, shared = source.terms(LONG.rules), delta_weight(source([EMPTY]), "m.0.x")[0]
+    composed, (a, b) = source.compose(terms, [[0, 1, 2], [1]]), terms.of(1)["m.0.x"]
+    torch.testing.assert_close(delta_weight(composed, "m.0.x")[1], shared + SMALL.strength * b @ a)
 
 
 def test_heads_start_at_pefts_size_for_every_shape() -> None:

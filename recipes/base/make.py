@@ -338,6 +338,8 @@ def main(
     names = [stage.name for stage in STAGES]
     if first is not None and first not in names:
         raise typer.BadParameter(f"{first!r} is none of {', '.join(names)}")
+    if first is not None and start is None:
+        raise typer.BadParameter("--first goes on from an earlier base; name it with --start")
     begin = names.index(first) if first else 0
     chosen = SIZES[size]
     recipe = replace(chosen, seed=seed, tokens=tokens or chosen.tokens, layers=layers or chosen.layers)

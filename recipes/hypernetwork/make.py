@@ -105,7 +105,6 @@ def report(base: Base, source: LearnedSource, stage: Stage, asked: int) -> dict[
     others = unrelated(renderer, UNSEEN, contexts)
     found["unrelated"] = {name: lines_right(base, source, others, arm) for name, arm in ARMS.items()}
     found["unrelated"]["base alone"] = lines_right(base, None, others, ARMS["none"])
-    found["unrelated"]["prompted"] = found["unrelated"]["base alone"]
     return found
 
 
@@ -131,7 +130,7 @@ def passed(stage: Stage, found: Mapping[str, float]) -> bool:
 def show(found: dict[str, dict[str, float]], title: str) -> None:
     table = Table("rows", *next(iter(found.values())), title=title)
     for split, shares in found.items():
-        table.add_row(split, *(f"{100 * share:.1f}" for share in shares.values()))
+        table.add_row(split, *(f"{100 * share:.1f}" for share in shares.values()))  # no rule bears on the unrelated
     Console(stderr=True).print(table)
 
 

@@ -73,13 +73,15 @@ class ConstantAdapter(nn.Module):
             raise ModelError(f"an adapter needs rank >= 1 and linear sites, got rank {rank} and {len(sites)} sites")
         self.rank, self.alpha = rank, float(2 * rank if alpha is None else alpha)
         self.sites = dict(sites)
-        self.a = nn.ParameterDict({_key(site): torch.empty(rank, d_in) for site, (d_in, _) in sites.items()})
-        self.b = nn.ParameterDict({_key(site): torch.zeros(d_out, rank) for site, (_, d_out) in sites.items()})
+        self.a = nn.ParameterDict({parameter_name(site): torch.empty(rank, d_in) for site, (d_in, _) in sites.items()})
+        self.b = nn.ParameterDict(
+            {parameter_name(site): torch.zeros(d_out, rank) for site, (_, d_out) in sites.items()}
+        )
         for a in self.a.values():
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
     def forward(self, contexts: Sequence[Context] = ()) -> Adapter:
-        factors = {site: Factors(self.a[_key(site)], self.b[_key(site)]) for site in self.sites}
+        factors = {site: Factors(self.a[parameter_name(site)], self.b[parameter_name(site)]) for site in self.sites}
         return Adapter(factors, self.alpha, self.rank)
 
 
@@ -282,6 +284,6 @@ def _move(factor: Tensor, where: Sequence[torch.device | torch.dtype]) -> Tensor
     return factor
 
 
-def _key(site: str) -> str:
+def parameter_name(site: str) -> str:
     """A parameter's name may not contain a dot."""
     return site.replace(".", "/")

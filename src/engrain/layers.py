@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from engrain.adapter import Factors
+from engrain.adapter import Factors, parameter_name
 from engrain.context import Kind
 from engrain.encoder import Features
 from engrain.errors import ModelError
@@ -92,7 +92,7 @@ class Reader(nn.Module):
 class SiteLatents(nn.Module):
     """One RMS-normalised latent a site: learned queries that attend to the tokens of a row."""
 
-    def __init__(self, sites: int, width: int, layers: int = 1) -> None:
+    def __init__(self, sites: int, width: int, layers: int) -> None:
         super().__init__()
         self.query = nn.Parameter(0.1 * torch.randn(sites, width))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
@@ -155,7 +155,7 @@ class Associations(nn.Module):
         self.sites, self.known = dict(sites), tuple(inputs)
         self.keys, self.values, self.turns = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict()
         for site, (d_in, d_out) in sites.items():
-            name = _name(site)
+            name = parameter_name(site)
             self.keys[name] = key = nn.Linear(width, d_in, bias=False)
             nn.init.normal_(key.weight, std=0.0 if site in inputs else 1.0)
             self.values[name] = value = nn.Linear(read + width, d_out, bias=False)
@@ -175,8 +175,8 @@ class Associations(nn.Module):
             covariance = torch.cov(states.double().T)
             ridge = WHITENING_RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
             values, vectors = torch.linalg.eigh(covariance + ridge)
-            self.get_buffer(f"mean/{_name(site)}").copy_(states.mean(dim=0))
-            self.get_buffer(f"whitening/{_name(site)}").copy_((vectors * values.rsqrt()) @ vectors.T)
+            self.get_buffer(f"mean/{parameter_name(site)}").copy_(states.mean(dim=0))
+            self.get_buffer(f"whitening/{parameter_name(site)}").copy_((vectors * values.rsqrt()) @ vectors.T)
 
     def forward(
         self,
@@ -189,7 +189,7 @@ class Associations(nn.Module):
         gates = 2 * self.gate(seen).sigmoid() * self.strength * STRENGTH
         factors = {}
         for n, (site, (d_in, _)) in enumerate(self.sites.items()):
-            name = _name(site)
+            name = parameter_name(site)
             key = self.keys[name](seen) * seen.shape[-1] ** -0.5
             if site in known:
                 whitening = self.get_buffer(f"whitening/{name}")
@@ -210,11 +210,6 @@ def positions(tokens: int, width: int) -> Float[Tensor, "tokens width"]:
     speed = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
     angle = torch.arange(tokens)[:, None] * speed
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]
-
-
-def _name(site: str) -> str:
-    """A module's name may not contain a dot."""
-    return site.replace(".", "/")
 
 
 def _key(shape: tuple[int, int]) -> str:
