@@ -130,7 +130,7 @@ def passed(stage: Stage, found: Mapping[str, float]) -> bool:
 def show(found: dict[str, dict[str, float]], title: str) -> None:
     table = Table("rows", *next(iter(found.values())), title=title)
     for split, shares in found.items():
-        table.add_row(split, *(f"{100 * share:.1f}" for share in shares.values()))  # no rule bears on the unrelated
+        table.add_row(split, *(f"{100 * share:.1f}" for share in shares.values()))
     Console(stderr=True).print(table)
 
 
