@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -72,16 +73,33 @@ def test_an_edit_changes_one_rule_and_the_row_parts_where_its_value_does() -> No
         assert row.mask[parting] and ": " in line
 
 
-def test_lines_are_right_only_where_every_token_is() -> None:
+def test_an_edit_of_a_rule_changes_what_is_done_in_a_task() -> None:
+    renderer = Renderer(load_base(bundled_base()).tokenizer)
+    tasks = replace(data.STAGES[-1], drills=0.0)
+    made = [one for one in data.examples(tasks, 3, 30) if one.edited is not None]
+    assert len(made) > 15
+    for example in made:
+        assert example.edited is not None
+        after, context = example.edited
+        own, other = set(example.context.rules), set(context.rules)
+        assert len(own - other) == len(other - own) == 1
+        assert after.messages[:2] == example.trajectory.messages[:2] and after.messages != example.trajectory.messages
+    rows, _ = data.rows(renderer, tasks, 3, 20_000)
+    assert any(row.rival is not None for row in rows)
+
+
+def test_what_is_right_is_counted_by_value_and_by_line() -> None:
     make = recipe()
     base = load_base(bundled_base())
-    rows = data.rows(Renderer(base.tokenizer), data.STAGES[0], 1, 3_000)[0][:3]
-    share = make.lines_right(base, None, rows, make.ARMS["none"])
-    assert 0 <= share < 1 and make.ARMS["none"](rows[0], rows[1]) == Context()
-    assert make.ARMS["another's"](rows[0], rows[1]) == rows[1].context
+    rows, prompted = make.unseen(Renderer(base.tokenizer), data.STAGES[0], 12)
+    none, right = make.ARMS["none"], make.ARMS["right"]
+    assert none(rows[0], rows[1]) == Context() and make.ARMS["another's"](rows[0], rows[1]) == rows[1].context
+    assert make.values_right(base, None, rows, none) < 0.3 < 0.8 < make.values_right(base, None, prompted, none)
+    share = make.lines_right(base, None, rows[:3], none)
+    assert 0 <= share < 1
     torch.manual_seed(0)
-    untrained = make.SOURCES["rule-wise"](make.Cached(make.BaseEncoder(base)), make.sites(base.model))
-    assert make.lines_right(base, untrained, rows, make.ARMS["right"]) == share
+    untrained = make.SOURCES["rule-wise"](make.Cached(make.BaseEncoder(base)), make.sites(base.model)).train()
+    assert make.lines_right(base, untrained, rows[:3], right) == share and untrained.training
 
 
 @pytest.mark.parametrize("distilled", [False, True])

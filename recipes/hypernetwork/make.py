@@ -2,8 +2,9 @@
 
 It reads a tenant's rules and writes an adapter with which the base knows them, none in its prompt. Stages are a
 curriculum in the number of rules and in their words (`rules_apart.py`); each but the last ends once it has taught
-enough. After each it says which share of the lines of unseen tenants would be written right, under the right rules,
-another tenant's and none, and by the base with the rules in its prompt. Training resumes; the result appears whole.
+enough. After each it says which share of unseen tenants' values (that an edit of a rule would change) and whole lines
+would be written right, under the right rules, edited ones, another tenant's and none, by the base alone, and by the
+base with the rules in its prompt. Training resumes; the result appears whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rules_apart import STAGES, UNRELATED, Stage, rows, tokens_of, unrelated
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base"))
 
@@ -35,7 +38,7 @@ from engrain.context import Context
 from engrain.distil import with_choices
 from engrain.encoder import BaseEncoder, Cached
 from engrain.files import replacing
-from engrain.hypernetwork import SOURCES, load_hypernetwork, save_hypernetwork
+from engrain.hypernetwork import SOURCES, WEIGHTS, load_hypernetwork, save_hypernetwork
 from engrain.learned import LearnedSource, Settings
 from engrain.model import PACKED, Base, adapted, attention, load_base, packed_hidden, sites
 from engrain.objective import output_logits
@@ -44,11 +47,13 @@ from engrain.train import TrainConfig, train
 
 UNSEEN = 9_000
 """Seeds from here on are of the tenants that are asked about after each stage."""
-LOOK_EVERY, WATCHED = 50, 12
+LOOK_EVERY, WATCHED = 100, 30
 """Steps between two looks at so many rows of unseen tenants, of other seeds than those that are reported."""
 ENOUGH = 0.95
-"""Share of lines right under the right rules that ends a stage early, but for the last."""
+"""Share of values right under the right rules that ends a stage early, but for the last."""
 Arm = Callable[[Row, Row], Context]
+Found = dict[str, dict[str, float]]
+"""By rows and what is measured, then by arm."""
 ARMS: dict[str, Arm] = {
     "right": lambda row, other: row.context or Context(),
     "edited": lambda row, other: row.rival.context if row.rival else row.context or Context(),
@@ -57,54 +62,72 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def lines_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], arm: Arm) -> float:
-    """The share of the masked lines whose every token would be the likeliest, given what stands before it."""
-    (newline,) = base.tokenizer.encode("\n", add_special_tokens=False)
-    right, total, training = 0, 0, source is not None and source.training
-    if source is not None:
-        source.eval()
-    for row, other in zip(asked, [*asked[1:], asked[0]], strict=True):
-        batch = collate([replace(row, context=arm(row, other), rival=None)])
-        with torch.no_grad(), attention(base.model, PACKED):
-            if source is None:
-                hidden = packed_hidden(base.model, batch)
-            else:
-                adapter = source(batch.contexts)
-                with adapted(base.model, adapter, batch.spans):
-                    hidden = packed_hidden(base.model, batch)
-            targets = batch.mask.nonzero()[:, 0]
-            likeliest = output_logits(base.model, hidden[targets - 1]).argmax(dim=-1)
-        good = (likeliest == batch.ids[targets]).tolist()
-        places, line = targets.tolist(), True
-        for place, after, at in zip(places, [*places[1:], -1], good, strict=True):
-            line = line and at
-            if batch.ids[place] == newline or after != place + 1:
-                right, total, line = right + line, total + 1, True
+def likeliest(base: Base, source: LearnedSource | None, row: Row, context: Context, places: Sequence[int]) -> list[int]:
+    """The token that would be written at each of these places of a row, after what stands before it there."""
+    batch, training = collate([replace(row, context=context, rival=None)]), source is not None and source.training
+    with torch.no_grad(), attention(base.model, PACKED):
+        adapter = source.eval()(batch.contexts) if source is not None else None
+        with adapted(base.model, adapter, batch.spans) if adapter is not None else nullcontext():
+            hidden = packed_hidden(base.model, batch)
+        found = output_logits(base.model, hidden[torch.tensor(places) - 1]).argmax(dim=-1).tolist()
     if source is not None:
         source.train(training)
+    return found
+
+
+def values_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], arm: Arm) -> float:
+    """The share of rows that have a rival in which the token would be right that the rule decides in which they differ.
+
+    Under the rival's rules it is another, so what is right there is wrong.
+    """
+    right = [
+        likeliest(base, source, row, arm(row, other), [row.rival.at]) == [row.ids[row.rival.at]]
+        for row, other in zip(asked, [*asked[1:], *asked[:1]], strict=True)
+        if row.rival is not None
+    ]
+    return sum(right) / max(len(right), 1)
+
+
+def lines_right(base: Base, source: LearnedSource | None, asked: Sequence[Row], arm: Arm) -> float:
+    """The share of the masked lines whose every token would be written, given what stands before it."""
+    (newline,) = base.tokenizer.encode("\n", add_special_tokens=False)
+    right, total = 0, 0
+    for row, other in zip(asked, [*asked[1:], *asked[:1]], strict=True):
+        places, line = [place for place, trained in enumerate(row.mask) if trained and place], True
+        found = likeliest(base, source, row, arm(row, other), places)
+        for place, after, token in zip(places, [*places[1:], -1], found, strict=True):
+            line = line and token == row.ids[place]
+            if row.ids[place] == newline or after != place + 1:
+                right, total, line = right + line, total + 1, True
     return right / max(total, 1)
 
 
 def unseen(
     renderer: Renderer, stage: Stage, asked: int, families: tuple[str, ...] = TRAINED, seed: int = UNSEEN
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of tenants that training does not meet, and the same with the rules in the prompt."""
-    pairs = list(zip(*rows(renderer, stage, seed, asked * 3000, families), strict=True))
+    """Rows of tenants that training does not meet, where an edit matters, and the same with the rules in the prompt."""
+    pairs = [
+        (row, replace(whole, rival=replace(row.rival, at=row.rival.at + len(whole.ids) - len(row.ids))))
+        for row, whole in zip(*rows(renderer, stage, seed, asked * 3000, families), strict=True)
+        if row.rival is not None
+    ]
     held, prompted = zip(*random.Random(0).sample(pairs, min(asked, len(pairs))), strict=True)
     return list(held), list(prompted)
 
 
-def report(base: Base, source: LearnedSource, stage: Stage, asked: int) -> dict[str, dict[str, float]]:
-    renderer, found, chosen = Renderer(base.tokenizer), dict[str, dict[str, float]](), list[Row]()
+def report(base: Base, source: LearnedSource, stage: Stage, asked: int) -> Found:
+    renderer, found, chosen = Renderer(base.tokenizer), Found(), list[Row]()
     for split, families in (("unseen tenants", TRAINED), ("unseen families", HELD_OUT)):
         chosen, prompted = unseen(renderer, stage, asked, families)
-        found[split] = {name: lines_right(base, source, chosen, arm) for name, arm in ARMS.items()}
-        found[split]["base alone"] = lines_right(base, None, chosen, ARMS["none"])
-        found[split]["prompted"] = lines_right(base, None, prompted, ARMS["none"])
+        for name, measure in {"values": values_right, "lines": lines_right}.items():
+            shares = {arm: measure(base, source, chosen, of) for arm, of in ARMS.items()}
+            shares["base alone"] = measure(base, None, chosen, ARMS["none"])
+            shares["prompted"] = measure(base, None, prompted, ARMS["none"])
+            found[f"{split}: {name}"] = shares
     contexts = [row.context for row in chosen if row.context is not None]
     others = unrelated(renderer, UNSEEN, contexts)
-    found["unrelated"] = {name: lines_right(base, source, others, arm) for name, arm in ARMS.items()}
-    found["unrelated"]["base alone"] = lines_right(base, None, others, ARMS["none"])
+    found["unrelated: lines"] = {name: lines_right(base, source, others, arm) for name, arm in ARMS.items()}
+    found["unrelated: lines"]["base alone"] = lines_right(base, None, others, ARMS["none"])
     return found
 
 
@@ -127,7 +150,7 @@ def passed(stage: Stage, found: Mapping[str, float]) -> bool:
     return stage is not STAGES[-1] and found["right"] >= ENOUGH
 
 
-def show(found: dict[str, dict[str, float]], title: str) -> None:
+def show(found: Found, title: str) -> None:
     table = Table("rows", *next(iter(found.values())), title=title)
     for split, shares in found.items():
         table.add_row(split, *(f"{100 * share:.1f}" for share in shares.values()))
@@ -145,6 +168,8 @@ def main(
     seed: int = 0,
     asked: Annotated[int, typer.Option(help="rows of unseen tenants that are asked about after each stage")] = 40,
     distilled: Annotated[bool, typer.Option(help="learn from the base with the rules in its prompt")] = False,
+    start: Annotated[Path | None, typer.Option(help="a hypernetwork of this kind to go on from, of any base")] = None,
+    first: Annotated[str | None, typer.Option(help="the stage to begin with, going on from a --start")] = None,
     work: Path = Path("build/hypernetwork"),
     own_attention: Annotated[
         bool, typer.Option(help="on CPUs with bf16 instructions, twice as fast; needs a C++ compiler and ninja")
@@ -152,11 +177,17 @@ def main(
 ) -> None:
     if own_attention and not cpu_attention.use():
         raise typer.BadParameter("--own-attention needs a CPU with AVX-512's bf16 instructions")
+    names = [stage.name for stage in STAGES]
+    if first is not None and (start is None or first not in names):
+        raise typer.BadParameter(f"--first is one of {', '.join(names)}, going on from a --start")
+    stages = STAGES[names.index(first or names[0]) :]
     loaded = load_base(base or bundled_base())
     renderer, encoder = Renderer(loaded.tokenizer), Cached(BaseEncoder(loaded))
     torch.manual_seed(seed)
     source = SOURCES[kind](encoder, sites(loaded.model), Settings(rank=rank, width=width))
-    for stage in STAGES:
+    if start is not None:
+        source.load_state_dict(load_file(start / WEIGHTS))
+    for stage in stages:
         folder = work / stage.name
         if not (folder / "done" / "hypernetwork.json").exists():
             budget = tokens_of(stage, tokens)
@@ -173,20 +204,20 @@ def main(
             watched, _ = unseen(renderer, stage, WATCHED, seed=UNSEEN + 1)
 
             def look(step: int, model: PreTrainedModel, watched: list[Row] = watched) -> dict[str, float]:
-                return {name: lines_right(loaded, source, watched, ARMS[name]) for name in ("right", "edited")}
+                return {name: values_right(loaded, source, watched, ARMS[name]) for name in ("right", "edited")}
 
-            if stage is STAGES[0]:
+            if stage is stages[0]:
                 source.prepare([row.context for row in made if row.context is not None])
             enough = partial(passed, stage)
             result = train(loaded, source.train(), made, config, folder, probe=look, enough=enough)
             source.learnt_from([row.context for row in made if row.context is not None])
             found = report(loaded, source, stage, asked)
             with replacing(folder / "result.json") as file:
-                json.dump({**asdict(result), "lines right": found}, file, indent=1)
+                json.dump({**asdict(result), "found": found}, file, indent=1)
             save_hypernetwork(folder / "done", source, loaded)
         source.load_state_dict(load_hypernetwork(folder / "done", loaded, encoder).state_dict())
         held = json.loads((folder / "result.json").read_text())
-        show(held["lines right"], f"{stage.name}: {held['tokens']:,} tokens, {held['loss']:.3f} nats, % of lines right")
+        show(held["found"], f"{stage.name}: {held['tokens']:,} tokens, {held['loss']:.3f} nats, % right")
     save_hypernetwork(out, source, loaded, torch.bfloat16)
 
 

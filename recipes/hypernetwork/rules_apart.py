@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from engrain import markdown
@@ -24,10 +24,11 @@ from worlds.catalogue import TRAINED
 from worlds.disguise import DISGUISED
 from worlds.drawing import KINDS
 from worlds.drills import drills, edited_drills
-from worlds.trajectories import Depths, trajectories
+from worlds.trajectories import Depths, edited_trajectories
 
 PROFILE = "\n\nRules of "
 PER_SEED = 60
+DEPTHS = Depths(full=1.0, part=0.0, small=0.5)
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,10 @@ class Stage:
 STAGES = (
     Stage("few", 2, most_rules=8, drills=1.0, disguised=0.0, kinds=(1, 2)),
     Stage("words", 2, most_rules=8, drills=1.0, disguised=DISGUISED, kinds=(1, 2)),
-    Stage("more", 2, most_rules=16, drills=1.0, disguised=DISGUISED, kinds=(2, 4)),
-    Stage("rules", 3, most_rules=40, drills=1.0, disguised=DISGUISED),
-    Stage("tasks", 5, most_rules=40, drills=0.3, disguised=DISGUISED),
+    Stage("rules", 2, most_rules=40, drills=1.0, disguised=DISGUISED),
+    Stage("tasks", 8, most_rules=40, drills=0.3, disguised=DISGUISED),
 )
-UNRELATED = 0.05
+UNRELATED = 0.1
 """Share of rows that no rule bears on: what the base says of them should stay."""
 
 
@@ -92,13 +92,13 @@ class Example:
 def examples(stage: Stage, seed: int, number: int, families: tuple[str, ...] = TRAINED) -> Iterator[Example]:
     """`number` drills and trajectories, rules apart, less those without rules; the same for the same seed."""
     drilled = round(number * stage.drills)
-    for before, after in edited_drills(seed, drilled, families, stage.kinds, stage.disguised):
+    pairs = chain(
+        edited_drills(seed, drilled, families, stage.kinds, stage.disguised),
+        edited_trajectories(seed, number - drilled, replace(DEPTHS, disguised=stage.disguised), families),
+    )
+    for before, after in pairs:
         if (pair := _told(before)) is not None:
-            yield Example(*pair, before, edited=_told(after))
-    depths = Depths(full=1.0, part=0.0, small=1.0, disguised=stage.disguised)
-    for one in trajectories(seed, number - drilled, depths, families=families):
-        if (pair := _told(one)) is not None:
-            yield Example(*pair, one)
+            yield Example(*pair, before, edited=_told(after) if after is not None else None)
 
 
 def _told(trajectory: Trajectory) -> tuple[Trajectory, Context] | None:
@@ -112,7 +112,7 @@ def rows(
 ) -> tuple[list[Row], list[Row]]:
     """Rows with contexts, about so many tokens of them, and the same with the rules in the prompt.
 
-    Those of drills have their edit as a rival.
+    Where an edit of a rule matters, a row has it as its rival.
     """
     made, prompted = list[Row](), list[Row]()
     held = 0

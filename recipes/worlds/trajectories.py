@@ -7,8 +7,8 @@ whose context is left out come back, so that they can be learnt by heart.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from engrain.task import Task
 from engrain.trajectory import Message, Trajectory
@@ -17,8 +17,9 @@ from worlds.catalogue import TRAINED, family
 from worlds.disguise import disguised
 from worlds.drawing import KINDS, draw
 from worlds.openings import opened
-from worlds.tasks import make_task, walk
+from worlds.tasks import Rules, make_task, redrawn, walk
 from worlds.workflow import tenants, workflow
+from worlds.world import World
 
 HOME = 10**9
 """Seeds from here on are of the worlds that come back."""
@@ -54,7 +55,45 @@ def trajectories(
     lexicon: Sequence[str] = (),
 ) -> Iterator[Trajectory]:
     """`count` successful teacher trajectories; the same for the same seed. Disguises take words of the lexicon."""
-    rng = random.Random(f"worlds/{seed}")
+    for one in _cases(random.Random(f"worlds/{seed}"), seed, count, depths, families, lexicon):
+        yield one.trajectory()
+
+
+def edited_trajectories(
+    seed: int, count: int, depths: Depths, families: Sequence[str] = TRAINED
+) -> Iterator[tuple[Trajectory, Trajectory | None]]:
+    """As `trajectories`, each beside what it is after an edit of one rule; None if no edit that was tried matters."""
+    rng = random.Random(f"edited worlds/{seed}")
+    for one in _cases(rng, seed, count, depths, families, ()):
+        rules, before = one.task.goal["rules"], one.trajectory()
+        edits = (one.edited(redrawn(one.world, rules, name, rng)) for name in rng.sample(list(rules), len(rules)))
+        changed = (after for edit in edits if (after := edit.trajectory()).messages[1:] != before.messages[1:])
+        yield before, next(changed, None)
+
+
+@dataclass(frozen=True)
+class _Case:
+    world: World
+    rules: Mapping[str, Rules]
+    """By tenant."""
+    flow: Workflow
+    task: Task
+    depth: str
+
+    def edited(self, said: Rules) -> _Case:
+        """The same task when its tenant's rules say this."""
+        rules = {**self.rules, self.task.tenant: said}
+        task = self.task.model_copy(update={"goal": {**self.task.goal, "rules": said}})
+        return replace(self, rules=rules, flow=workflow(self.world, rules), task=task)
+
+    def trajectory(self) -> Trajectory:
+        """What the teacher does."""
+        return _trajectory(self.flow, self.task, self.depth, list(walk(self.world, self.task)))
+
+
+def _cases(
+    rng: random.Random, seed: int, count: int, depths: Depths, families: Sequence[str], lexicon: Sequence[str]
+) -> Iterator[_Case]:
     made = 0
     while made < count:
         depth = rng.choices(("full", "part", "none"), (depths.full, depths.part, 1 - depths.full - depths.part))[0]
@@ -75,7 +114,7 @@ def trajectories(
             task = make_task(
                 world, tenant, rules[tenant], rng, items, name=f"world-{seed}-{made}", seed=seed, faults=faults
             )
-            yield _trajectory(flow, task, depth, list(walk(world, task)))
+            yield _Case(world, rules, flow, task, depth)
             made += 1
 
 

@@ -40,7 +40,7 @@ from engrain.model import Base
 SCHEMA = "engrain.hypernetwork/1"
 MOST_RULES = 1000
 """Whose tokens tell what is usual at a site."""
-HEAD, _WEIGHTS = "hypernetwork.json", "hypernetwork.safetensors"
+HEAD, WEIGHTS = "hypernetwork.json", "hypernetwork.safetensors"
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def save_hypernetwork(path: Path, module: LearnedSource, base: Base, dtype: torc
     with replacing_directory(path) as aside:
         try:
             tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
-            save_file(tensors, aside / _WEIGHTS)
+            save_file(tensors, aside / WEIGHTS)
         except SafetensorError as error:
-            raise OSError(f"{_WEIGHTS}: {error}") from error
+            raise OSError(f"{WEIGHTS}: {error}") from error
         (aside / HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 
 
@@ -170,7 +170,7 @@ def load_hypernetwork(path: Path, base: Base, encoder: Encoder | None = None) ->
             )
         sites = {site: (int(d_in), int(d_out)) for site, (d_in, d_out) in head["sites"].items()}
         module = SOURCES[head["kind"]](encoder, sites, Settings(**head["settings"]))
-        module.load_state_dict(load_file(path / _WEIGHTS))
+        module.load_state_dict(load_file(path / WEIGHTS))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot read the hypernetwork ({type(error).__name__}: {error}); {again}") from error
     return module.eval()
