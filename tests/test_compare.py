@@ -12,7 +12,7 @@ import torch
 from desk import workflow as desk
 
 from engrain.adapter import ConstantAdapter, save_peft
-from engrain.agent import Adapters
+from engrain.adapters import Adapters
 from engrain.cli import invoke
 from engrain.compare import OURS, Arm, arms, compare
 from engrain.context import Context

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engrain.agent import Adapters, load_agent
+from engrain.adapters import Adapters
+from engrain.agent import load_agent
 from engrain.compile import CompileConfig, compile_workflow
 from engrain.context import Context
 from engrain.errors import InputError

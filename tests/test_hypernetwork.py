@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from models import ARCHITECTURES, tiny
+from sources import EMPTY, LONG, SHORT, SITES, SMALL, Words, equal, one, perturbed, rule_wise, source_of
 from templates import tokenizer
 from torch import Tensor, nn
 
-from engrain.adapter import Adapter, ConstantAdapter, Factors, delta_weight, load_peft, lora_delta, save_peft
+from engrain.adapter import Adapter, ConstantAdapter, delta_weight, load_peft, lora_delta, save_peft
 from engrain.context import Context, Rule, Section
-from engrain.encoder import BaseEncoder, Features, padded
+from engrain.encoder import BaseEncoder
 from engrain.errors import InputError, ModelError
 from engrain.generators import GenerativeAdapter, JointHypernetwork, TextToLora, polar, split_site
 from engrain.hypernetwork import SOURCES, Hypernetwork, load_hypernetwork, save_hypernetwork
@@ -20,57 +21,7 @@ from engrain.layers import Associations, Heads
 from engrain.learned import LearnedSource, Settings
 from engrain.model import Base, adapted, sites
 
-SITES = {"m.0.x": (6, 5), "m.0.y": (7, 3), "m.1.x": (6, 5), "m.1.y": (6, 3)}
-SMALL = Settings(rank=2, shared_rank=3, width=16, layers=1, strength=1.7)
-LONG = Context((Section("tenant", "t", ("refund up to 40", "escalate fraud")), Section("tool", "f", ("limit is 250",))))
-SHORT = Context((Section("tenant", "u", ("escalate fraud",)),))
-EMPTY = Context()
-
 every_source = pytest.mark.parametrize("kind", SOURCES)
-
-
-class Words:
-    """An encoder of words, each with random states of its own."""
-
-    width, settings, inputs = 12, {"kind": "words"}, dict[str, int]()
-    digest = "words"
-
-    def __call__(self, rules: Sequence[Rule]) -> Features:
-        return padded([torch.stack([self._word(word) for word in rule.text.split()]) for rule in rules], self.width)
-
-    together = __call__
-
-    def _word(self, word: str) -> Tensor:
-        return torch.randn(self.width, generator=torch.Generator().manual_seed(int.from_bytes(word.encode()[:7])))
-
-
-def perturbed(source: LearnedSource) -> LearnedSource:
-    """As if trained: no factor is zero."""
-    with torch.no_grad():
-        for parameter in source.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
-    return source.eval()
-
-
-def source_of(kind: str) -> LearnedSource:
-    torch.manual_seed(0)
-    return SOURCES[kind](Words(), SITES, SMALL)
-
-
-def rule_wise() -> Hypernetwork:
-    source = perturbed(source_of("rule-wise"))
-    assert isinstance(source, Hypernetwork)
-    return source
-
-
-def one(adapter: Adapter, n: int) -> Mapping[str, Factors]:
-    return {site: Factors(a[n], b[n]) for site, (a, b) in adapter.factors.items()}
-
-
-def equal(left: Mapping[str, Factors], right: Mapping[str, Factors]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(mine, theirs) for site in left for mine, theirs in zip(left[site], right[site], strict=True)
-    )
 
 
 @every_source

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from engrain.adapter import Adapter
+    from engrain.adapters import Adapters
     from engrain.context import Context
     from engrain.engine import CompiledPolicy
-    from engrain.learned import LearnedSource
     from engrain.model import Base
     from engrain.policy import Episode
     from engrain.renderer import Renderer
@@ -48,8 +47,6 @@ MANIFEST = "engrain.json"
 GOLDEN = "golden.jsonl"
 TOOLS = "tools.json"
 HYPERNETWORK = "hypernetwork"
-MOST_ADAPTERS = 256
-"""Kept in memory, those used last."""
 BUNDLED = Path(__file__).parent / "base"
 LONGEST_CONTEXT = 32768
 
@@ -185,6 +182,7 @@ class Agent:
 
     def adapters(self, base: Base) -> Adapters:
         """What makes adapters for the base as `load_base` gave it. Raises `InputError` if there is no hypernetwork."""
+        from engrain.adapters import Adapters
         from engrain.hypernetwork import load_hypernetwork
 
         if self.manifest.kind != "hypernetwork":
@@ -204,29 +202,6 @@ class Agent:
                 f"{self.path}: compiled for other tools than {workflow.name!r} has now ({', '.join(changed)} differ); "
                 f"compile again or give the right --workflow"
             )
-
-
-class Adapters:
-    """A hypernetwork at work: the same adapter for the same context, and what it is too strange for."""
-
-    def __init__(self, source: LearnedSource) -> None:
-        self._source = source
-        self._made: OrderedDict[str, Adapter] = OrderedDict()
-        self.strange = cache(source.strange)
-
-    def __call__(self, context: Context) -> Adapter:
-        import torch
-
-        from engrain.adapter import unstack
-
-        digest = context.digest()
-        if digest not in self._made:
-            with torch.no_grad():
-                (self._made[digest],) = unstack(self._source([context]))
-            if len(self._made) > MOST_ADAPTERS:
-                self._made.popitem(last=False)
-        self._made.move_to_end(digest)
-        return self._made[digest]
 
 
 def as_policy(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engrain.adapter import Adapter, load_peft
-from engrain.agent import Adapters, as_policy, file_digest, text_digest
+from engrain.adapters import Adapters
+from engrain.agent import as_policy, file_digest, text_digest
 from engrain.controls import CONTROLS, Control, own
 from engrain.errors import InputError
 from engrain.evaluate import Progress, page, write_report

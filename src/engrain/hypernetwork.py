@@ -56,6 +56,16 @@ class Terms:
         own = slice(sum(self.lengths[:number]), sum(self.lengths[: number + 1]))
         return {site: Factors(a[own], b[:, own]) for site, (a, b) in self.factors.items()}
 
+    @classmethod
+    def join(cls, terms: Sequence[Terms]) -> Terms:
+        """All their rules, in this order."""
+        factors = {
+            site: Factors(torch.cat([one.factors[site].a for one in terms]),
+                          torch.cat([one.factors[site].b for one in terms], dim=1))
+            for site in terms[0].factors
+        }  # fmt: skip
+        return cls(factors, tuple(length for one in terms for length in one.lengths))
+
 
 class Hypernetwork(LearnedSource):
     """Rule-wise: each rule is read by itself and writes an association a token."""
@@ -83,14 +93,9 @@ class Hypernetwork(LearnedSource):
         In evaluation mode each rule is computed by itself, which makes its term exact; in training all share one
         padded batch, which is faster and equal to rounding.
         """
-        parts = [[rule] for rule in rules] if rules and not self.training else [rules]
-        written = [self._write(part) for part in parts]
-        factors = {
-            site: Factors(torch.cat([one.factors[site].a for one in written]),
-                          torch.cat([one.factors[site].b for one in written], dim=1))
-            for site in self.heads.sites
-        }  # fmt: skip
-        return Terms(factors, tuple(length for one in written for length in one.lengths))
+        if not rules or self.training:
+            return self._write(rules)
+        return Terms.join([self._write([rule]) for rule in rules])
 
     def compose(self, terms: Terms, chosen: Sequence[Sequence[int]]) -> Adapter:
         """One adapter for each choice among the rules: the shared term and the chosen, then zeros up to the longest."""

@@ -1,0 +1,66 @@
+"""`Adapters`: a hypernetwork at work, with what it made last kept in memory.
+
+A context met before costs nothing; one that differs in a rule costs that rule and the composing of all. Invariant: what
+is kept is bit for bit what would be made anew, so the source must not be trained meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Generic, TypeVar
+
+import torch
+
+from engrain.adapter import Adapter, unstack
+from engrain.context import Context
+from engrain.hypernetwork import Hypernetwork, Terms
+from engrain.learned import LearnedSource
+
+MOST_BYTES = 2**29
+"""Of adapters, and as much again of terms."""
+Value = TypeVar("Value", Adapter, Terms)
+
+
+class Adapters:
+    """The same adapter for the same context, and what the source finds too strange for one."""
+
+    def __init__(self, source: LearnedSource) -> None:
+        self._source, self.strange = source, cache(source.strange)
+        self._adapters, self._terms = _Recent[Adapter](), _Recent[Terms]()
+
+    def __call__(self, context: Context) -> Adapter:
+        return self._adapters(context.digest(), partial(self._make, context))
+
+    @torch.no_grad()
+    def _make(self, context: Context) -> Adapter:
+        source = self._source
+        if isinstance(source, Hypernetwork) and context.rules:
+            terms = [self._terms(rule.digest, partial(source.terms, [rule])) for rule in context.rules]
+            made = source.compose(Terms.join(terms), [range(len(terms))])
+        else:
+            made = source([context])
+        (adapter,) = unstack(made)
+        return adapter
+
+
+class _Recent(Generic[Value]):
+    """The values used last, up to `MOST_BYTES` of them and at least one."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Value] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, name: str, make: Callable[[], Value]) -> Value:
+        if name not in self._kept:
+            self._kept[name] = made = make()
+            self._bytes += _bytes(made)
+            while self._bytes > MOST_BYTES and len(self._kept) > 1:
+                self._bytes -= _bytes(self._kept.popitem(last=False)[1])
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+
+def _bytes(value: Adapter | Terms) -> int:
+    return sum(factor.nbytes for pair in value.factors.values() for factor in pair)
