@@ -28,7 +28,8 @@ from worlds.trajectories import Depths, edited_trajectories
 
 PROFILE = "\n\nRules of "
 PER_SEED = 60
-DEPTHS = Depths(full=1.0, part=0.0, small=0.5)
+DEPTHS = Depths(full=0.4, part=0.6, small=0.7, many=0.3)
+"""Of whole tasks: short prompts before many turns, for most of a prompt teaches nothing."""
 
 
 @dataclass(frozen=True)
