@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -110,3 +111,24 @@ def test_what_no_rule_bears_on_is_taught_by_the_base_itself(distilled: bool) -> 
     rest = [row for row in made if row not in others]
     assert 0 < len(others) < len(rest) or distilled
     assert all(row.context for row in made) and all((row.choices is not None) == distilled for row in rest)
+
+
+def test_it_goes_on_from_a_hypernetwork_at_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, base = recipe(), load_base(bundled_base())
+    few = replace(data.STAGES[0], parts=1)
+    monkeypatch.setattr(make, "STAGES", (replace(few, name="before"), few))
+    monkeypatch.setattr(make, "WATCHED", 2)
+    monkeypatch.setattr(make, "tokens_of", lambda stage, of: of)
+    earlier = make.SOURCES["rule-wise"](make.Cached(make.BaseEncoder(base)), make.sites(base.model))
+    torch.nn.init.constant_(earlier.heads.strength, 0.5)
+    make.save_hypernetwork(tmp_path / "earlier", earlier, base)
+    head = tmp_path / "earlier" / "hypernetwork.json"
+    head.write_text(head.read_text().replace(base.digest, "0" * 64))  # of another base
+    again = partial(make.main, tmp_path / "out", work=tmp_path / "work", tokens=4000, asked=2)
+    again(start=tmp_path / "earlier", first="few")
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"few"}
+    source = make.load_hypernetwork(tmp_path / "out", base)
+    assert (source.heads.strength - 0.5).abs().max() < 0.1
+    for wrong in ({"first": "few"}, {"start": tmp_path / "earlier", "first": "fewer"}):
+        with pytest.raises(make.typer.BadParameter, match="--start"):
+            again(**wrong)
