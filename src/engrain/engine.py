@@ -67,7 +67,7 @@ class Engine:
         self._adapted.__enter__()
         self.model.eval()
         self.renderer, self.tokenizer, self.sampling = renderer, tokenizer, sampling
-        self.parallel, self.draft = parallel, draft if sampling.temperature <= 0 else 0
+        self.parallel, self.draft = parallel, draft
         self.max_context = min(max_context, getattr(self.model.config, "max_position_embeddings", max_context))
         self.stops = frozenset(renderer.stop_ids)
         self.vocabulary = cast(nn.Linear, self.model.get_output_embeddings()).out_features
@@ -107,13 +107,42 @@ class Engine:
             self.check(request)
         return [completion.ids for completion in self.decode(requests)]
 
-    @torch.inference_mode()
     def decode(self, requests: Sequence[Request]) -> list[Completion]:
         """Complete every request, at most `parallel` at a time. Each must pass `check`."""
-        completions: list[Completion] = []
+        turns: list[Turn] = []
         for first in range(0, len(requests), self.parallel):
-            completions += self._decode_together(requests[first : first + self.parallel])
-        return completions
+            active = self.begin(requests[first : first + self.parallel])
+            turns += active
+            while active:
+                active = self.advance(active)
+        return [turn.completion for turn in turns]
+
+    @torch.inference_mode()
+    def begin(self, requests: Sequence[Request], beside: Sequence[Turn] = ()) -> list[Turn]:
+        """Turns to `advance` from now on, together with those beside which they begin; at most `parallel` in all."""
+        owners = [object() if request.owner is None else request.owner for request in requests]
+        taken = [*owners, *(turn.line.owner for turn in beside)]
+        turns = [self._begin(request, owner, taken) for request, owner in zip(requests, owners, strict=True)]
+        self._share_prefixes(turns)
+        self._encode_long_prompts(turns)
+        return turns
+
+    @torch.inference_mode()
+    def advance(self, turns: Sequence[Turn]) -> list[Turn]:
+        """One pass for all of them; those that go on. One that is left out from now on is to be dropped with `drop`."""
+        active = sorted(turns, key=lambda turn: id(turn.line.adapter))  # lines of one adapter side by side
+        self.cache.to_front([turn.line for turn in active])
+        self._advance(active)
+        for turn in active:
+            if turn.over:
+                turn.seconds = time.perf_counter() - turn.started
+                self.drop(turn)
+        return [turn for turn in active if not turn.over]
+
+    def drop(self, turn: Turn) -> None:
+        """The turn is over, or is given up: its line is free, unless its owner goes on with it."""
+        if not turn.kept:
+            self.release(turn.line.owner)
 
     def check(self, request: Request) -> None:
         """Raises `EngrainError` if the prompt does not fit or the grammar does not compile."""
@@ -129,25 +158,6 @@ class Engine:
             if line.owner == owner:
                 line.owner = None
 
-    def _decode_together(self, requests: Sequence[Request]) -> list[Completion]:
-        started = time.perf_counter()
-        owners = [object() if request.owner is None else request.owner for request in requests]
-        turns = [self._begin(request, owner, owners) for request, owner in zip(requests, owners, strict=True)]
-        self._share_prefixes(turns)
-        self._encode_long_prompts(turns)
-        active = sorted(turns, key=lambda turn: id(turn.line.adapter))  # lines of one adapter side by side
-        while active:
-            self.cache.to_front([turn.line for turn in active])
-            self._advance(active)
-            for turn in active:
-                if not turn.open and len(turn.logprobs) == len(turn.ids):
-                    turn.seconds = time.perf_counter() - started
-            active = [turn for turn in active if not turn.seconds]
-        for request, owner in zip(requests, owners, strict=True):
-            if request.owner is None:
-                self.release(owner)
-        return [Completion(turn.ids, turn.logprobs, turn.seconds, turn.error) for turn in turns]
-
     def _begin(self, request: Request, owner: object, owners: Sequence[object]) -> Turn:
         prompt = list(request.prompt)
         line = next((line for line in self.cache.lines if line.owner == owner), None)
@@ -159,8 +169,10 @@ class Engine:
         line.owner, line.used, line.adapter = owner, self._clock, request.adapter
         matcher = self.grammars.matcher(request.grammar) if request.grammar is not None else None
         limit = min(request.max_new, self.max_context - len(prompt))
-        turn = Turn(prompt, line, matcher, limit, f"{self.sampling.seed}:{request.seed}", fresh)
-        turn.lookup = Lookup(prompt) if self.draft else None
+        sampling, kept = request.sampling or self.sampling, request.owner is not None
+        seed = f"{sampling.seed}:{request.seed}"
+        turn = Turn(prompt, line, matcher, limit, sampling, seed, kept, fresh, time.perf_counter())
+        turn.lookup = Lookup(prompt) if self.draft and sampling.temperature <= 0 else None
         turn.append(forced(matcher), self.stops)
         return turn
 
@@ -261,9 +273,13 @@ class Engine:
         self, logits: Float[Tensor, "turns vocabulary"], allowed: Bool[Tensor, "turns vocabulary"] | None,
         turns: Sequence[Turn],
     ) -> Int[Tensor, " turns"]:  # fmt: skip
-        sampling = self.sampling
-        draws = [draw(turn.seed, len(turn.ids)) for turn in turns] if sampling.temperature > 0 else []
-        return choose(logits, allowed, sampling.temperature, sampling.top_p, draws)
+        chosen = torch.empty(len(turns), dtype=torch.long, device=logits.device)
+        for sampling in {turn.sampling for turn in turns}:
+            rows = [row for row, turn in enumerate(turns) if turn.sampling == sampling]
+            own = None if allowed is None else allowed[rows]
+            draws = [draw(turns[row].seed, len(turns[row].ids)) for row in rows] if sampling.temperature > 0 else []
+            chosen[rows] = choose(logits[rows], own, sampling.temperature, sampling.top_p, draws)
+        return chosen
 
     def _take(self, turn: Turn, token: int) -> None:
         turn.append([token], self.stops)

@@ -39,6 +39,10 @@ class ModelError(InputError):
     """A base, adapter, agent or checkpoint directory is missing, malformed or does not fit."""
 
 
+class Overloaded(EngrainError):
+    """More is asked for at once than is taken; the same may be asked again later."""
+
+
 class ToolFailure(Exception):
     """Raised by a tool for a failure the agent should see, for example `ToolFailure("http_429", "slow down")`."""
 

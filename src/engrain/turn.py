@@ -41,6 +41,8 @@ class Request:
     max_new: int = LONGEST_TURN
     owner: object = None
     seed: str = ""
+    sampling: Sampling | None = None
+    """By default the engine's."""
     adapter: Adapter | None = None
     """What the base is adapted with for this turn. The same object wherever it is the same adapter: a stream goes on
     with, or shares, only what that adapter has encoded."""
@@ -53,7 +55,7 @@ class Completion:
     logprobs: list[float]
     """Under the model's *unmasked* distribution: how likely it found each token before the grammar had its say."""
     seconds: float
-    """Wall-clock time from the start of the call, whatever else was decoded beside it."""
+    """Wall-clock time from when it began, whatever else was decoded beside it."""
     error: str = ""
     """`truncated` where `max_new` or the context ran out, `grammar` where llguidance gave up."""
 
@@ -94,9 +96,13 @@ class Turn:
     line: Line
     matcher: LLMatcher | None
     limit: int
+    sampling: Sampling
     seed: str
+    kept: bool
+    """Whether the line is kept for the owner's next turn."""
     fresh: bool
     """Whether the line is new to this stream."""
+    started: float
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     lookup: Lookup | None = None
@@ -104,6 +110,15 @@ class Turn:
     open: bool = True
     """Whether the model is still to choose tokens; a closed turn may still wait for log-probabilities."""
     seconds: float = 0.0
+
+    @property
+    def over(self) -> bool:
+        """Whether all its tokens are there, and their log-probabilities."""
+        return not self.open and len(self.logprobs) == len(self.ids)
+
+    @property
+    def completion(self) -> Completion:
+        return Completion(self.ids, self.logprobs, self.seconds, self.error)
 
     @property
     def error(self) -> str:
