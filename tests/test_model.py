@@ -9,6 +9,7 @@ from models import ARCHITECTURES, random_rows, tiny, trained_like
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engrain import model as model_module
 from engrain.adapter import Adapter, Factors
 from engrain.batch import collate
 from engrain.errors import ModelError
@@ -104,7 +105,9 @@ def test_a_batch_of_adapters_equals_each_alone() -> None:
             torch.testing.assert_close(got, model(row[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
-def test_over_a_packed_stream_each_adapter_acts_on_its_own_span() -> None:
+@pytest.mark.parametrize("widest", [0, 10_000])
+def test_over_a_packed_stream_each_adapter_acts_on_its_own_span(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "WIDEST_PADDED", widest)
     model, rows = tiny("llama"), random_rows(5)
     own = [trained_like(model, seed=seed) for seed in (1, 2)]
     both = Adapter(

@@ -10,12 +10,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -32,6 +34,8 @@ from engrain.files import replacing_directory
 
 PACKED = "engrain_packed"
 """Name of the packed attention in transformers. It has no mask function there, so no mask is ever built."""
+WIDEST_PADDED = 16
+"""Spans of up to so many tokens are padded to one batch of matrices: fewer and larger products."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +129,23 @@ def taken_in(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
 def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> Iterator[None]:
     """Within the block, every forward of the model has the adapter's term added at its sites.
 
-    A batch of adapters over a packed stream has each of them act on its own `spans`, in tokens: the stream is cut, not
-    the factors copied. Run `backward` inside the block too: gradient checkpointing replays the forward.
+    A batch of adapters over a packed stream has each of them act on its own `spans`, in tokens: the stream is cut, or
+    padded where all spans are short, and the factors are not copied. Run `backward` inside the block too: gradient
+    checkpointing replays the forward.
     """
     handles = []
+    padding = _padding(spans) if spans and max(spans) <= WIDEST_PADDED else None
     try:
         for site, (a, b) in adapter.factors.items():
             layer = _fitting(model, site, (a.shape[-1], b.shape[-2]))
-            strength = (adapter.alpha, adapter.rank)
-            adding = _adding_apart(a, b, *strength, spans) if a.dim() == 3 and spans else _adding(a, b, *strength)
-            handles.append(layer.register_forward_hook(adding))
+            delta = partial(lora_delta, a=a, b=b, alpha=adapter.alpha, rank=adapter.rank)
+            if a.dim() == 3 and padding is not None:
+                delta = partial(_padded_delta, delta, *padding)
+            elif a.dim() == 3 and spans:
+                each = zip(a, b, strict=True)
+                deltas = [partial(lora_delta, a=a, b=b, alpha=adapter.alpha, rank=adapter.rank) for a, b in each]
+                delta = partial(_cut_delta, deltas, list(spans))
+            handles.append(layer.register_forward_hook(partial(_add, delta)))
         yield
     finally:
         for handle in handles:
@@ -223,19 +234,28 @@ def _fitting(model: nn.Module, site: str, shape: tuple[int, int]) -> nn.Linear:
     return layer
 
 
-def _adding(a: Tensor, b: Tensor, alpha: float, rank: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + lora_delta(inputs[0], a, b, alpha, rank)
-
-    return hook
+Delta = Callable[[Tensor], Tensor]
 
 
-def _adding_apart(
-    a: Float[Tensor, "contexts rank d_in"], b: Float[Tensor, "contexts d_out rank"], alpha: float, rank: int,
-    spans: Sequence[int],
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:  # fmt: skip
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        parts = zip(inputs[0].split(list(spans), dim=1), a, b, strict=True)
-        return output + torch.cat([lora_delta(part, own_a, own_b, alpha, rank) for part, own_a, own_b in parts], dim=1)
+def _add(delta: Delta, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + delta(inputs[0])
 
-    return hook
+
+def _cut_delta(deltas: Sequence[Delta], spans: list[int], x: Float[Tensor, "1 tokens d_in"]) -> Tensor:
+    return torch.cat([delta(part) for delta, part in zip(deltas, x.split(spans, dim=1), strict=True)], dim=1)
+
+
+def _padding(spans: Sequence[int]) -> tuple[Int[Tensor, "spans widest"], Int[Tensor, " tokens"]]:
+    """For each span its tokens, the last one repeated; and where each token is in that, flat."""
+    widest, ends = max(spans), accumulate(spans)
+    rows = [
+        [min(end - span + column, end - 1) for column in range(widest)] for end, span in zip(ends, spans, strict=True)
+    ]
+    back = [row * widest + column for row, span in enumerate(spans) for column in range(span)]
+    return torch.tensor(rows), torch.tensor(back)
+
+
+def _padded_delta(
+    delta: Delta, rows: Int[Tensor, "spans widest"], back: Int[Tensor, " tokens"], x: Float[Tensor, "1 tokens d_in"]
+) -> Tensor:
+    return delta(x[0, rows]).flatten(0, 1)[back][None]
