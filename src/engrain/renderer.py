@@ -143,12 +143,11 @@ class Renderer:
 
         A call that is begun but malformed leaves all text as content, with `error="malformed_call"`.
         """
-        message = toolformat.parse(self._codec.decode(ids, self.stop_ids), self.format)
-        for part in (message, *message.tool_calls):
-            for field in ("content", "reasoning", "arguments"):
-                if BREAK in getattr(part, field, ""):
-                    setattr(part, field, getattr(part, field).replace(BREAK, ""))
-        return message
+        return _unguarded(toolformat.parse(self._codec.decode(ids, self.stop_ids), self.format))
+
+    def parse_begun(self, ids: Sequence[int]) -> Message:
+        """What is certain of a completion still being written: beginnings of reasoning and content, no calls."""
+        return _unguarded(toolformat.parse_begun(self._codec.decode(ids, self.stop_ids), self.format))
 
     def grammar(self, tools: Sequence[Tool], answer: bool = True, *, calls: int = 1, preamble: bool = False) -> str:
         """The llguidance grammar of one turn: reasoning if any, then a call among `tools` or an answer, then the stop.
@@ -279,6 +278,14 @@ class Renderer:
             calls.append((call.name, normal(arguments)))
         reasoning = message.reasoning.strip() if self.reasoning else ""
         return normal(reasoning), normal(message.content.strip()), calls
+
+
+def _unguarded(message: Message) -> Message:
+    for part in (message, *message.tool_calls):
+        for field in ("content", "reasoning", "arguments"):
+            if BREAK in getattr(part, field, ""):
+                setattr(part, field, getattr(part, field).replace(BREAK, ""))
+    return message
 
 
 def render_dataset(renderer: Renderer, trajectories: Iterable[Trajectory], *, max_tokens: int, strict: bool = True,

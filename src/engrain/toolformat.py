@@ -155,6 +155,28 @@ def parse(text: str, form: TurnFormat) -> Message:
     return Message(role="assistant", content=rest[: begin.start()].strip(), reasoning=reasoning, tool_calls=calls)
 
 
+def parse_begun(text: str, form: TurnFormat) -> Message:
+    """As `parse`, of a turn that is still being written: reasoning and content of which no more text takes any back."""
+    reasoning, rest, body = "", text, text.lstrip()
+    if form.reasoning:
+        opening, closing = (mark.strip() for mark in form.reasoning)
+        if opening.startswith(body):
+            return Message(role="assistant")
+        if body.startswith(opening):
+            reasoning, closed, rest = body.removeprefix(opening).partition(closing)
+            if not closed:
+                return Message(role="assistant", reasoning=_certain(reasoning, closing))
+    head = form.calls.head.strip() if form.calls else ""
+    content = rest.lstrip().partition(head)[0] if head else rest
+    return Message(role="assistant", reasoning=reasoning.strip(), content=_certain(content, head))
+
+
+def _certain(text: str, mark: str) -> str:
+    """Text without what may yet become the mark, or half a character, or be followed by nothing but white space."""
+    longest = next((n for n in range(min(len(mark), len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+    return text[: len(text) - longest].rstrip("\ufffd").strip()
+
+
 def _parse_reasoning(text: str, marks: tuple[str, str] | None) -> tuple[str, str]:
     if marks:
         opening, closing = (mark.strip() for mark in marks)

@@ -14,9 +14,7 @@ from engrain.trajectory import Message, ToolCall, Trajectory
 
 
 def from_openai(record: Node) -> Trajectory:
-    conversation = Conversation()
-    for node in record.child("messages").items():
-        conversation.messages.append(_message(node, conversation))
+    conversation = read_messages(record.child("messages"))
     tools = record.child("tools" if record.has("tools") else "functions")
     metadata = record.child("metadata")
     return Trajectory(
@@ -27,6 +25,14 @@ def from_openai(record: Node) -> Trajectory:
         if isinstance(metadata.value, dict)
         else {},
     )
+
+
+def read_messages(node: Node) -> Conversation:
+    """Also of a conversation that is still to be answered."""
+    conversation = Conversation()
+    for item in node.items():
+        conversation.messages.append(_message(item, conversation))
+    return conversation
 
 
 def _message(node: Node, conversation: Conversation) -> Message:

@@ -1,0 +1,169 @@
+"""A compiled agent at work for many callers at once: a conversation in, its next turn out. HTTP is `serve`'s business.
+
+Prompts are rendered as in training: the agent's own system line, unless the conversation brings one, and the exact
+tokens of every turn that was written here, thoughts included, though clients send back only what was said. Invariant:
+the tenant alone decides the adapter, and what is remembered of one tenant is never read for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Literal
+
+from engrain.adapter import Adapter
+from engrain.agent import LONGEST_CONTEXT, Agent
+from engrain.context_files import read_section
+from engrain.engine import Engine
+from engrain.errors import InputError
+from engrain.scheduler import Job, Scheduler
+from engrain.tool import Tool
+from engrain.trajectory import Message, Trajectory
+from engrain.turn import GREEDY, LONGEST_TURN, Completion, Request, Sampling
+from engrain.workflow import Workflow
+
+MOST_REMEMBERED = 100_000
+"""Turns whose tokens are kept, those used last."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One more turn of a conversation."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] | None = None
+    """That may be called; by default the workflow's own."""
+    answer: Literal["may", "must", "must not"] = "may"
+    """Whether the turn is an answer in words, in place of a call."""
+    most_tokens: int = LONGEST_TURN
+    sampling: Sampling = GREEDY
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request for the engine, and what its answer will be remembered under."""
+
+    request: Request
+    tenant: str
+    asked: Asked
+    in_prompt: str = ""
+    """Why the tenant's rules are in the prompt and not in an adapter, if they are."""
+
+
+class Service:
+    """Opens an agent and decodes for everybody until `close`. Raises `InputError` if it cannot be opened."""
+
+    def __init__(
+        self, agent: Agent, workflow: Workflow, tenants: Path | None = None, parallel: int = 16, most_waiting: int = 256
+    ) -> None:
+        self.agent, self._workflow, self._tenants = agent, workflow, tenants
+        hypernetwork = agent.manifest.kind == "hypernetwork"
+        base = agent.load_base() if hypernetwork else agent.load()
+        self._adapters = agent.adapters(base) if hypernetwork else None
+        self.renderer = agent.renderer
+        longest = min(LONGEST_CONTEXT, getattr(base.model.config, "max_position_embeddings", LONGEST_CONTEXT))
+        self._engine = Engine(base.model, self.renderer, base.tokenizer, parallel=parallel, max_context=longest)
+        self._scheduler = Scheduler(self._engine, most_waiting)
+        self._written: OrderedDict[str, Message] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def name(self) -> str:
+        return self.agent.manifest.workflow
+
+    def prepare(self, tenant: str, asked: Asked) -> Prepared:
+        """May take the time of making an adapter. Raises `InputError` for an unknown tenant or a call without tools."""
+        with self._lock:
+            workflow = self._of(tenant)
+            messages = [self._as_written(tenant, asked.messages, at) for at in range(len(asked.messages))]
+            adapter, in_prompt = self._adapter(workflow, tenant, messages)
+        instructions = "full" if in_prompt else "none"
+        if not messages or messages[0].role != "system":
+            messages.insert(0, Message(role="system", content=workflow.system(tenant, instructions)))
+        trajectory = Trajectory(
+            id="", messages=messages, tools=workflow.schemas(instructions), workflow=workflow.name, tenant=tenant
+        )
+        tools = workflow.tools if asked.tools is None else asked.tools
+        if asked.answer == "must":
+            tools = ()
+        elif asked.answer == "must not" and not tools:
+            raise InputError("a call is required and no tools are given; give tools, or allow an answer")
+        grammar = self.renderer.grammar(tools, answer=asked.answer != "must not")
+        request = Request(
+            self.renderer.prompt(trajectory), grammar, asked.most_tokens,
+            seed=str(asked.sampling.seed), sampling=asked.sampling, adapter=adapter,
+        )  # fmt: skip
+        return Prepared(request, tenant, asked, in_prompt)
+
+    def check(self, prepared: Prepared) -> None:
+        """Raises `EngrainError` if the prompt is too long, or the grammar of its tools cannot be compiled."""
+        self._engine.check(prepared.request)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self._engine.tokenizer.decode(list(ids)))
+
+    def submit(self, prepared: Prepared, on_tokens: Callable[[list[int]], None]) -> Job:
+        """Raises `Overloaded`."""
+        return self._scheduler.submit(prepared.request, prepared.tenant, on_tokens)
+
+    def message(self, prepared: Prepared, completion: Completion) -> Message:
+        """The turn that was written, its calls with ids of their own; remembered for when it comes back."""
+        message = self.renderer.parse(completion.ids)
+        calls = [call.model_copy(update={"id": f"call_{uuid.uuid4().hex[:24]}"}) for call in message.tool_calls]
+        update = {"tool_calls": calls, "error": completion.error or message.error}
+        message = message.model_copy(update=update)
+        if not message.error:
+            kept = message.model_copy(update={"token_ids": completion.ids})
+            with self._lock:
+                self._written[_name(prepared.tenant, prepared.asked.messages, message)] = kept
+                while len(self._written) > MOST_REMEMBERED:
+                    self._written.popitem(last=False)
+        return message
+
+    def close(self) -> None:
+        """Refuse what comes, finish what was accepted."""
+        self._scheduler.close()
+
+    def _of(self, tenant: str) -> Workflow:
+        """The workflow with this tenant as its profile says now."""
+        path = self._tenants / f"{tenant}.md" if self._tenants is not None and _NAME.fullmatch(tenant) else None
+        if path is not None and path.is_file():
+            return self._workflow.with_tenant(replace(read_section(path), name=tenant))
+        self._workflow.system(tenant, "none")  # raises for one that is unknown
+        return self._workflow
+
+    def _adapter(self, workflow: Workflow, tenant: str, messages: Sequence[Message]) -> tuple[Adapter | None, str]:
+        if self._adapters is None:
+            return None, ""
+        by_step = self.agent.manifest.config.get("contexts") == "step"
+        context = workflow.step_context(tenant, workflow.phase(messages).name) if by_step else workflow.context(tenant)
+        strange = self._adapters.strange(context)
+        return (None if strange else self._adapters(context)), strange
+
+    def _as_written(self, tenant: str, messages: Sequence[Message], at: int) -> Message:
+        """A turn that comes back, with its thoughts and its tokens."""
+        message = messages[at]
+        if message.role != "assistant":
+            return message
+        name = _name(tenant, messages[:at], message)
+        if (kept := self._written.get(name)) is None:
+            return message
+        self._written.move_to_end(name)
+        return kept
+
+
+def _name(tenant: str, before: Sequence[Message], message: Message) -> str:
+    """What a turn is remembered under: its calls' ids, which are nobody else's, or all that was said up to it."""
+    if message.tool_calls:
+        said: list[object] = [call.id for call in message.tool_calls]
+    else:
+        said = [[one.role, one.content, [call.id for call in one.tool_calls]] for one in (*before, message)]
+    return hashlib.sha256(json.dumps([tenant, said]).encode()).hexdigest()
