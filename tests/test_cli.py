@@ -129,6 +129,17 @@ def test_a_hypernetwork_serves_a_profile_in_a_file(
         assert torch.equal(delta_weight(exported, site), delta_weight(own, site))
 
 
+def test_serving_needs_to_know_who_calls(agent: Path, library: Path, tmp_path: Path, capsys: Capture) -> None:
+    key = ok(capsys, "key", "north", "--keys", tmp_path / "keys.json").strip()
+    assert key.startswith("engrain-") and key not in (tmp_path / "keys.json").read_text()
+    assert "--keys FILE" in refused(capsys, "serve", agent)
+    assert "0.0.0.0 is 'north'" in refused(capsys, "serve", agent, "--tenant", "north", "--host", "0.0.0.0")
+    assert "unknown tenant" in refused(capsys, "serve", agent, "--tenant", "none", "--workflow", library)
+    nowhere = ("--keys", tmp_path / "none.json", "--workflow", library)
+    assert "engrain key" in refused(capsys, "serve", agent, *nowhere)
+    assert "no such directory" in refused(capsys, "serve", agent, *nowhere, "--tenants", tmp_path / "none")
+
+
 def test_base_show(tiny_base: Path, capsys: Capture) -> None:
     facts = json.loads(ok(capsys, "base", "show", tiny_base, "--json"))
     assert facts["architecture"] == "LlamaForCausalLM" and facts["licence"] == "apache-2.0"

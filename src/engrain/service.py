@@ -137,7 +137,8 @@ class Service:
         path = self._tenants / f"{tenant}.md" if self._tenants is not None and _NAME.fullmatch(tenant) else None
         if path is not None and path.is_file():
             return self._workflow.with_tenant(replace(read_section(path), name=tenant))
-        self._workflow.system(tenant, "none")  # raises for one that is unknown
+        if tenant not in self._workflow.tenants:
+            raise InputError(f"unknown tenant {tenant!r}; add its profile to the directory given with --tenants")
         return self._workflow
 
     def _adapter(self, workflow: Workflow, tenant: str, messages: Sequence[Message]) -> tuple[Adapter | None, str]:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import engrain
-from engrain.cli import agents, measure, sources
+from engrain.cli import agents, measure, serving, sources
 from engrain.errors import EngrainError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -26,6 +26,8 @@ app.command("run")(agents.run)
 app.command("adapter")(agents.adapter)
 app.command("eval")(measure.evaluate)
 app.command("compare")(measure.compare)
+app.command("serve")(serving.serve)
+app.command("key")(serving.key)
 app.add_typer(measure.base, name="base")
 
 

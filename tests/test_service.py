@@ -1,0 +1,85 @@
+"""Tenants that come after the start, and what is remembered of whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engrain.agent import load_agent
+from engrain.compile import CompileConfig, compile_workflow
+from engrain.errors import InputError, Overloaded
+from engrain.service import Asked, Prepared, Service
+from engrain.trajectory import Message
+from engrain.turn import Completion
+from engrain.workflow import load_workflow
+
+HELLO = Message(role="user", content="Please lend me a book.")
+PROFILE = "---\nname: {name}\n---\n- lend nothing on Sundays\n- lend for {days} days\n"
+
+
+@pytest.fixture(scope="module")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tenants")
+
+
+@pytest.fixture(scope="module")
+def service(
+    library: Path, runs: Path, tiny_base: Path, tenants: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    out = tmp_path_factory.mktemp("agent") / "agent"
+    config = CompileConfig(tokens=3000, to="hypernetwork", rank=2, batch_tokens=1024)
+    compile_workflow(library, out, config, data=runs, base=tiny_base)
+    service = Service(load_agent(out), load_workflow(library), tenants, parallel=2)
+    yield service
+    service.close()
+
+
+def done(service: Service, prepared: Prepared) -> Completion:
+    return service.submit(prepared, lambda ids: None).done.result(60)
+
+
+def test_a_tenant_may_come_after_the_start_and_change(service: Service, tenants: Path) -> None:
+    with pytest.raises(InputError, match="unknown tenant 'east'"):
+        service.prepare("east", Asked([HELLO]))
+    (tenants / "east.md").write_text(PROFILE.format(name="anything", days=9))
+    first = service.prepare("east", Asked([HELLO], most_tokens=8))
+    assert first.request.adapter is not None and not first.in_prompt
+    assert service.prepare("east", Asked([HELLO])).request.adapter is first.request.adapter
+    assert "Tenant: east." in service.text(first.request.prompt)
+    assert len(done(service, first).ids) <= 8
+    (tenants / "east.md").write_text(PROFILE.format(name="anything", days=12))
+    assert service.prepare("east", Asked([HELLO])).request.adapter is not first.request.adapter
+    for name in ("../east", "", "east/../east"):
+        with pytest.raises(InputError):
+            service.prepare(name, Asked([HELLO]))
+
+
+def test_rules_that_are_too_strange_go_into_the_prompt(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service._adapters, "strange", lambda context: "novelty 9 is over 1")
+    prepared = service.prepare("north", Asked([HELLO]))
+    assert prepared.request.adapter is None and prepared.in_prompt == "novelty 9 is over 1"
+    assert "Rules of north:" in service.text(prepared.request.prompt)
+
+
+def test_turns_that_come_back_have_their_tokens_again_for_their_own_tenant_only(service: Service) -> None:
+    asked = Asked([HELLO])
+    prepared = service.prepare("north", asked)
+    text = "<think>secret</think>Done."
+    ids = [*service._engine.tokenizer.encode(text, add_special_tokens=False), service.renderer.stop_ids[0]]
+    message = service.message(prepared, Completion(ids, [0.0] * len(ids), 0.1))
+    back = Message(role="assistant", content=message.content)
+    again = Asked([HELLO, back, Message(role="user", content="And now?")])
+    north, south = (service.text(service.prepare(name, again).request.prompt) for name in ("north", "south"))
+    assert "secret" in north and "secret" not in south
+    other = Asked([Message(role="user", content="Something else."), back, HELLO])
+    assert "secret" not in service.text(service.prepare("north", other).request.prompt)
+
+
+def test_after_close_nothing_is_taken(library: Path, agent: Path) -> None:
+    service = Service(load_agent(agent), load_workflow(library), parallel=1)
+    prepared = service.prepare("north", Asked([HELLO], most_tokens=4))
+    service.close()
+    with pytest.raises(Overloaded):
+        service.submit(prepared, lambda ids: None)
