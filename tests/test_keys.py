@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import pytest
 from engrain.errors import InputError
 from engrain.keys import Keys, add_key
 
+LATER = count(1)
+
 
 def touched(path: Path) -> None:
-    """Changed later, whatever the clock's resolution."""
-    later = path.stat().st_mtime_ns + 10**9
+    """Changed later than anything before, whatever the clock's resolution."""
+    later = time.time_ns() + next(LATER) * 10**9
     os.utime(path, ns=(later, later))
 
 
@@ -40,7 +44,7 @@ def test_keys_come_and_go_while_it_runs_and_a_damaged_file_changes_nothing(tmp_p
     touched(path)
     assert keys.caller(ours) is not None and keys.caller(new) is not None
     path.write_text('{"keys": []}')
-    os.utime(path, ns=(path.stat().st_mtime_ns + 10**10,) * 2)
+    touched(path)
     assert keys.caller(ours) is None
 
 

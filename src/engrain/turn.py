@@ -41,11 +41,11 @@ class Request:
     max_new: int = LONGEST_TURN
     owner: object = None
     seed: str = ""
-    sampling: Sampling | None = None
-    """By default the engine's."""
     adapter: Adapter | None = None
     """What the base is adapted with for this turn. The same object wherever it is the same adapter: a stream goes on
     with, or shares, only what that adapter has encoded."""
+    sampling: Sampling | None = None
+    """By default the engine's."""
 
 
 @dataclass(frozen=True)
