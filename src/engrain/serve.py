@@ -1,7 +1,8 @@
 """`engrain serve`: OpenAI's chat completions over HTTP, as its official client speaks them.
 
 A key names the tenant; no field of a request does. Errors have OpenAI's form, with the status code that its client
-expects. Not taken, and refused: more than one choice, alternatives in `logprobs`, images and sound, penalties.
+expects. Not taken, and refused: more than one choice, alternatives in `logprobs`, images and sound, penalties, a choice
+of one tool by name.
 """
 
 from __future__ import annotations
@@ -83,10 +84,10 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=0.0, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0, le=2)
     """Greedy unless asked otherwise: that is what was trained and measured."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = 0
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = None
     logprobs: bool = False
     top_logprobs: Literal[0] | None = None
     n: Literal[1] | None = None
@@ -102,7 +103,7 @@ class ChatRequest(BaseModel):
             None if self.tools is None else [_tool(schema) for schema in schemas],
             answers[self.tool_choice],
             self.max_completion_tokens or self.max_tokens or LONGEST_TURN,
-            Sampling(self.temperature, self.top_p, self.seed),
+            Sampling(self.temperature or 0.0, self.top_p or 1.0, self.seed or 0),
         )
 
 
@@ -163,18 +164,15 @@ def create_app(service: Service, keys: Keys | str) -> FastAPI:
             under_way[known.sha256] -= 1
             raise
 
-        async def over() -> None:
-            turn.job.cancel()
+        loop = asyncio.get_running_loop()
+
+        def release() -> None:
             under_way[known.sha256] -= 1
 
+        turn.job.done.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
         if body.stream:
-            return StreamingResponse(
-                _closing(turn.events(), over), media_type="text/event-stream", headers=turn.headers
-            )
-        try:
-            return JSONResponse(await _unless_gone(request, turn.whole()), headers=turn.headers)
-        finally:
-            await over()
+            return StreamingResponse(turn.events(), media_type="text/event-stream", headers=turn.headers)
+        return JSONResponse(await _unless_gone(request, turn), headers=turn.headers)
 
     return app
 
@@ -219,6 +217,13 @@ class Turn:
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events: text as it is certain, a call when it is whole, then why it ended."""
+        try:
+            async for event in self._events():
+                yield event
+        finally:
+            self.job.cancel()  # if nobody listens any more
+
+    async def _events(self) -> AsyncIterator[str]:
         ids: list[int] = []
         sent = Message(role="assistant")
         yield self._event({"role": "assistant", "content": ""})
@@ -309,19 +314,10 @@ def _reason(message: Message) -> str:
     return "length" if message.error == "truncated" else "tool_calls" if message.tool_calls else "stop"
 
 
-async def _unless_gone(request: Request, answer: Any) -> Any:
-    """The answer, or `Refused` once the caller has gone."""
-    task = asyncio.ensure_future(answer)
+async def _unless_gone(request: Request, turn: Turn) -> dict[str, Any]:
+    """The whole answer, or `Refused` once the caller has gone."""
+    task = asyncio.ensure_future(turn.whole())
     while not (await asyncio.wait({task}, timeout=0.5))[0]:
         if await request.is_disconnected():
-            task.cancel()
-            raise Refused(499, "the caller went away")
+            turn.job.cancel()
     return task.result()
-
-
-async def _closing(events: AsyncIterator[str], over: Any) -> AsyncIterator[str]:
-    try:
-        async for event in events:
-            yield event
-    finally:
-        await over()
