@@ -121,8 +121,10 @@ class Scheduler:
             new, job.sent = turn.ids[job.sent :], len(turn.ids)
             try:
                 job.on_tokens(new)
-            except Exception:
-                job.cancel()  # nobody listens any more
+            except Exception as error:  # the caller's own mistake, or it has gone: its job alone ends with that
+                self._engine.drop(self._active.pop(job))
+                job.done.set_exception(error)
+                continue
             if turn.over:
                 del self._active[job]
                 job.done.set_result(turn.completion)
