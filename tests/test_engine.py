@@ -29,8 +29,9 @@ from transformers import (
 from engrain import engine as engine_module
 from engrain import kv_cache
 from engrain.adapter import Adapter, Factors, concat
+from engrain.compiled_policy import CompiledPolicy
 from engrain.constrain import choose
-from engrain.engine import CompiledPolicy, Engine
+from engrain.engine import Engine
 from engrain.errors import EngrainError, ModelError
 from engrain.kv_cache import common_prefix
 from engrain.model import sites

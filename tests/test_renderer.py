@@ -181,6 +181,25 @@ def test_loss_is_on_the_agent_only(family: Family) -> None:
         assert text not in trained
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_what_is_told_of_a_turn_before_its_end_is_never_taken_back(family: Family, data: st.DataObject) -> None:
+    render = renderer(family)
+    for row in render.rows(data.draw(trajectories(family))):
+        for ids in spans(row):
+            whole, before = render.parse(ids), Message(role="assistant")
+            for end in range(len(ids) + 1):
+                begun = render.parse_begun(ids[:end])
+                for then, now, last in (
+                    (before.reasoning, begun.reasoning, whole.reasoning),
+                    (before.content, begun.content, whole.content),
+                ):
+                    assert now.startswith(then) and last.startswith(now)
+                before = begun
+            assert before.reasoning == whole.reasoning
+
+
 def test_chatml_costs_no_whitespace() -> None:
     (row,) = renderer("chatml").rows(trajectory(*step(0, "look"), answer()))
     first, last = (decoded("chatml", piece) for piece in spans(row))

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from engrain.agent import load_agent
 from engrain.compile import CompileConfig, compile_workflow
 from engrain.errors import InputError, Overloaded
+from engrain.policy import Episode
 from engrain.service import Asked, Prepared, Service
-from engrain.trajectory import Message
-from engrain.turn import Completion
+from engrain.trajectory import Message, Trajectory
+from engrain.turn import Completion, Request
 from engrain.workflow import load_workflow
 
 HELLO = Message(role="user", content="Please lend me a book.")
@@ -56,8 +59,27 @@ def test_a_tenant_may_come_after_the_start_and_change(service: Service, tenants:
             service.prepare(name, Asked([HELLO]))
 
 
+def test_each_tenant_is_decoded_with_its_own_adapter(service: Service, library: Path) -> None:
+    """Through the server's way and through the policy's: neither may give one tenant another's."""
+    workflow, agent = load_workflow(library), service.agent
+    made = agent.adapters(agent.load_base())
+    own = {name: made(workflow.context(name)).tensors() for name in ("north", "south")}
+    policy, task = agent.policy(workflow, parallel=2), next(workflow.tasks("train", 0))
+
+    def same(one: list[Tensor], two: list[Tensor]) -> bool:
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    assert not same(own["north"], own["south"])
+    for name in ("north", "south"):
+        trajectory, mine = Trajectory(id=name, messages=[HELLO]), task.model_copy(update={"tenant": name})
+        asked = policy._request(Episode(mine, trajectory, workflow.phases[0], workflow.tools, workflow))
+        assert isinstance(asked, Request)
+        for request in (service.prepare(name, Asked([HELLO])).request, asked):
+            assert request.adapter is not None and same(request.adapter.tensors(), own[name])
+
+
 def test_rules_that_are_too_strange_go_into_the_prompt(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service._adapters, "strange", lambda context: "novelty 9 is over 1")
+    monkeypatch.setattr(service._adapters, "strange", lambda contexts: "novelty 9 is over 1")
     prepared = service.prepare("north", Asked([HELLO]))
     assert prepared.request.adapter is None and prepared.in_prompt == "novelty 9 is over 1"
     assert "Rules of north:" in service.text(prepared.request.prompt)

@@ -7,7 +7,7 @@ is kept is bit for bit what would be made anew, so the source must not be traine
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Generic, TypeVar
 
@@ -27,11 +27,15 @@ class Adapters:
     """The same adapter for the same context, and what the source finds too strange for one."""
 
     def __init__(self, source: LearnedSource) -> None:
-        self._source, self.strange = source, cache(source.strange)
+        self._source, self._strange = source, cache(source.strange)
         self._adapters, self._terms = _Recent[Adapter](), _Recent[Terms]()
 
     def __call__(self, context: Context) -> Adapter:
         return self._adapters(context.digest(), partial(self._make, context))
+
+    def strange(self, contexts: Iterable[Context]) -> str:
+        """Why one of these should not be left to an adapter; empty if all may be."""
+        return next(filter(None, map(self._strange, contexts)), "")
 
     @torch.no_grad()
     def _make(self, context: Context) -> Adapter:

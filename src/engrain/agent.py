@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
     from engrain.adapter import Adapter
     from engrain.adapters import Adapters
+    from engrain.compiled_policy import CompiledPolicy
     from engrain.context import Context
-    from engrain.engine import CompiledPolicy
+    from engrain.engine import Engine
     from engrain.model import Base
     from engrain.policy import Episode
     from engrain.renderer import Renderer
@@ -161,24 +162,26 @@ class Agent:
             return as_policy(self.load().model, self.renderer, parallel)
         base = self.load_base()
         adapters = self.adapters(base)
-        phases = [phase.name for phase in workflow.phases] if self.manifest.config.get("contexts") == "step" else []
-
-        @cache
-        def context_of(tenant: str, phase: str) -> Context:
-            def read(name: str) -> Context:
-                return workflow.step_context(name, phase) if phases else workflow.context(name)
-
-            return control(read, tenant, list(workflow.tenants))
+        contexts = cache(partial(self.contexts, workflow, control=control))
 
         def in_prompt(task: Task) -> str:
-            reasons = (adapters.strange(context_of(task.tenant, phase)) for phase in phases or [""])
-            return next(filter(None, reasons), "") if control is own else ""
+            return adapters.strange(contexts(task.tenant).values()) if control is own else ""
 
         def adapter_of(episode: Episode) -> Adapter | None:
-            task = episode.task
-            return None if in_prompt(task) else adapters(context_of(task.tenant, episode.phase.name))
+            read, phase = contexts(episode.task.tenant), episode.phase.name
+            return None if in_prompt(episode.task) else adapters(read[phase if phase in read else ""])
 
         return as_policy(base.model, self.renderer, parallel, adapter_of, in_prompt)
+
+    def contexts(self, workflow: Workflow, tenant: str, control: Control = own) -> dict[str, Context]:
+        """What a hypernetwork reads for a tenant, by phase; or under "" alone, where the phase does not matter."""
+        by_step = self.manifest.config.get("contexts") == "step"
+
+        def read(phase: str, name: str) -> Context:
+            return workflow.step_context(name, phase) if by_step else workflow.context(name)
+
+        phases = [phase.name for phase in workflow.phases] if by_step else [""]
+        return {phase: control(partial(read, phase), tenant, list(workflow.tenants)) for phase in phases}
 
     def adapters(self, base: Base) -> Adapters:
         """What makes adapters for the base as `load_base` gave it. Raises `InputError` if there is no hypernetwork."""
@@ -212,11 +215,17 @@ def as_policy(
     in_prompt: Callable[[Task], str] = lambda task: "",
 ) -> CompiledPolicy:
     """A model as a policy for so many episodes at a time: greedy, with calls constrained to the tools' schemas."""
-    from engrain.engine import CompiledPolicy, Engine
+    from engrain.compiled_policy import CompiledPolicy
+
+    return CompiledPolicy(open_engine(model, renderer, parallel), adapter_of=adapter_of, in_prompt=in_prompt)
+
+
+def open_engine(model: PreTrainedModel, renderer: Renderer, parallel: int) -> Engine:
+    """Greedy decoding for so many turns at a time, as far as the model's positions reach."""
+    from engrain.engine import Engine
 
     longest = min(LONGEST_CONTEXT, getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT))
-    engine = Engine(model, renderer, renderer.tokenizer, parallel=parallel, max_context=longest)
-    return CompiledPolicy(engine, adapter_of=adapter_of, in_prompt=in_prompt)
+    return Engine(model, renderer, renderer.tokenizer, parallel=parallel, max_context=longest)
 
 
 def load_agent(path: Path | str) -> Agent:

@@ -1,9 +1,8 @@
-"""Decoding: the compiled agent as a `Policy`.
+"""Decoding: many turns together, one forward pass a step, each joining and leaving between two passes.
 
-Each episode keeps its line in the KV cache from turn to turn: a turn encodes only what its prompt adds to it. All
-episodes of a round decode together, one forward pass a step, and drop out as their turns end. Greedy decoding drafts
-what comes next from what followed the same tokens before, and keeps what the model would have chosen. Invariant: a
-line's tokens depend on its own prompt, adapter, grammar and seed, never on its neighbours nor on drafts.
+A stream keeps its line in the KV cache from turn to turn: a turn encodes only what its prompt adds to it. Greedy
+decoding drafts what comes next from what followed the same tokens before, and keeps what the model would have chosen.
+Invariant: a line's tokens depend on its own prompt, adapter, grammar and seed, never on its neighbours nor on drafts.
 
 What is not covered: recurrent or chunked attention layers, and rotary embeddings whose frequencies change with the
 length (`dynamic`, `longrope`); such bases are refused. Keys and values outside a sliding window are kept in memory.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -27,11 +26,7 @@ from engrain.constrain import Grammars, choose, draw, forced
 from engrain.errors import EngrainError, ModelError
 from engrain.kv_cache import WIDEST_TOGETHER, KVCache, Line, Step, attending, common_prefix
 from engrain.model import adapted
-from engrain.policy import Episode
 from engrain.renderer import Renderer
-from engrain.task import Task
-from engrain.tool import Tool
-from engrain.trajectory import Message
 from engrain.turn import GREEDY, LONGEST_TURN, Completion, Lookup, Request, Sampling, Turn
 
 SHORTEST_SHARED = 32
@@ -318,68 +313,6 @@ class Engine:
         if list(map(id, own)) != list(map(id, self._mixed[0])):
             self._mixed = (own, stack(own))
         return adapted(self.model, self._mixed[1], spans)
-
-
-class CompiledPolicy:
-    """The model as a policy. A turn that does not end in time comes back as text with `error="truncated"`."""
-
-    name = "compiled"
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        constrained: bool = True,
-        max_new: int = LONGEST_TURN,
-        adapter_of: Callable[[Episode], Adapter | None] = lambda episode: None,
-        in_prompt: Callable[[Task], str] = lambda task: "",
-    ) -> None:
-        self.engine, self.constrained, self.max_new = engine, constrained, max_new
-        self._adapter_of, self.in_prompt = adapter_of, in_prompt
-        self._grammars: dict[tuple[Tool, ...], str] = {}
-
-    def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
-        requests = [self._request(episode) for episode in episodes]
-        completions = iter(self.engine.decode([request for request in requests if isinstance(request, Request)]))
-        return [
-            self._message(episode, request, next(completions)) if isinstance(request, Request) else request
-            for episode, request in zip(episodes, requests, strict=True)
-        ]
-
-    def finish(self, episode: Episode, /) -> None:
-        self.engine.release(id(episode.trajectory))
-
-    def _request(self, episode: Episode) -> Request | Exception:
-        try:
-            prompt = self.engine.renderer.prompt(episode.trajectory)
-            grammar = self._grammar(episode.tools) if self.constrained else None
-            seed = f"{episode.trajectory.id}:{len(episode.trajectory.messages)}"
-            adapter = self._adapter_of(episode)
-            request = Request(prompt, grammar, self.max_new, id(episode.trajectory), seed, adapter)
-            self.engine.check(request)
-        except EngrainError as error:
-            return error
-        return request
-
-    def _grammar(self, tools: tuple[Tool, ...]) -> str:
-        if tools not in self._grammars:
-            self._grammars[tools] = self.engine.renderer.grammar(tools)
-        return self._grammars[tools]
-
-    def _message(self, episode: Episode, request: Request, completion: Completion) -> Message:
-        engine = self.engine
-        if completion.error:
-            text = cast(str, engine.tokenizer.decode(completion.ids))
-            message = Message(role="assistant", content=text, error=completion.error)
-        else:
-            message = engine.renderer.parse(completion.ids)
-        taken = sum(len(turn.tool_calls) for turn in episode.trajectory.messages)
-        calls = [call.model_copy(update={"id": f"call_{taken + n}"}) for n, call in enumerate(message.tool_calls)]
-        recorded = {
-            "tool_calls": calls, "phase": episode.phase.name, "seconds": completion.seconds,
-            "prompt_tokens": len(request.prompt), "token_ids": completion.ids, "logprobs": completion.logprobs,
-        }  # fmt: skip
-        return message.model_copy(update=recorded)
 
 
 def _with_adapter(

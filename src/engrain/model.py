@@ -134,7 +134,8 @@ def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> It
     checkpointing replays the forward.
     """
     handles = []
-    padding = _padding(spans) if spans and max(spans) <= WIDEST_PADDED else None
+    short = spans and max(spans) <= WIDEST_PADDED
+    padding = _padding(spans, adapter.tensors()[0].device) if short and adapter.factors else None
     try:
         for site, (a, b) in adapter.factors.items():
             layer = _fitting(model, site, (a.shape[-1], b.shape[-2]))
@@ -142,9 +143,8 @@ def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> It
             if a.dim() == 3 and padding is not None:
                 delta = partial(_padded_delta, delta, *padding)
             elif a.dim() == 3 and spans:
-                each = zip(a, b, strict=True)
-                deltas = [partial(lora_delta, a=a, b=b, alpha=adapter.alpha, rank=adapter.rank) for a, b in each]
-                delta = partial(_cut_delta, deltas, list(spans))
+                deltas = [partial(delta, a=own_a, b=own_b) for own_a, own_b in zip(a, b, strict=True)]
+                delta = partial(_cut_delta, deltas, spans)
             handles.append(layer.register_forward_hook(partial(_add, delta)))
         yield
     finally:
@@ -241,18 +241,18 @@ def _add(delta: Delta, module: nn.Module, inputs: tuple[Tensor, ...], output: Te
     return output + delta(inputs[0])
 
 
-def _cut_delta(deltas: Sequence[Delta], spans: list[int], x: Float[Tensor, "1 tokens d_in"]) -> Tensor:
-    return torch.cat([delta(part) for delta, part in zip(deltas, x.split(spans, dim=1), strict=True)], dim=1)
+def _cut_delta(deltas: Sequence[Delta], spans: Sequence[int], x: Float[Tensor, "1 tokens d_in"]) -> Tensor:
+    return torch.cat([delta(part) for delta, part in zip(deltas, x.split(list(spans), dim=1), strict=True)], dim=1)
 
 
-def _padding(spans: Sequence[int]) -> tuple[Int[Tensor, "spans widest"], Int[Tensor, " tokens"]]:
+def _padding(spans: Sequence[int], device: torch.device) -> tuple[Int[Tensor, "spans widest"], Int[Tensor, " tokens"]]:
     """For each span its tokens, the last one repeated; and where each token is in that, flat."""
     widest, ends = max(spans), accumulate(spans)
     rows = [
         [min(end - span + column, end - 1) for column in range(widest)] for end, span in zip(ends, spans, strict=True)
     ]
     back = [row * widest + column for row, span in enumerate(spans) for column in range(span)]
-    return torch.tensor(rows), torch.tensor(back)
+    return torch.tensor(rows, device=device), torch.tensor(back, device=device)
 
 
 def _padded_delta(

@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engrain.errors import EngrainError, InputError, Overloaded
 from engrain.formats.calls import tools_text
 from engrain.formats.node import Node
-from engrain.formats.openai import read_messages
-from engrain.keys import Caller, Keys
+from engrain.formats.openai import plain_message, read_messages
+from engrain.keys import Caller, Everybody, Keys
 from engrain.scheduler import Job
 from engrain.service import Asked, Prepared, Service
 from engrain.tool import Tool
@@ -36,7 +36,6 @@ from engrain.turn import LONGEST_TURN, Completion, Sampling
 
 MOST_BYTES = 8 * 2**20
 """Of a request's body."""
-NOBODY = Caller(sha256="0" * 64, tenant="nobody")
 
 
 class Refused(Exception):
@@ -107,8 +106,8 @@ class ChatRequest(BaseModel):
         )
 
 
-def create_app(service: Service, keys: Keys | str) -> FastAPI:
-    """The server of one agent; with a tenant's name in the place of keys, everybody is that tenant."""
+def create_app(service: Service, keys: Keys | Everybody) -> FastAPI:
+    """The server of one agent."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -121,10 +120,8 @@ def create_app(service: Service, keys: Keys | str) -> FastAPI:
     created = int(time.time())
 
     def caller(authorization: Annotated[str, Header()] = "") -> Caller:
-        if isinstance(keys, str):
-            return NOBODY.model_copy(update={"tenant": keys, "most_at_once": 10**6})
         scheme, _, key = authorization.partition(" ")
-        found = keys.caller(key.strip()) if scheme.lower() == "bearer" else None
+        found = keys.caller(key.strip() if scheme.lower() == "bearer" else "")
         if found is None:
             raise Refused(401, "no such API key; send one as `Authorization: Bearer KEY`", code="invalid_api_key")
         return found
@@ -211,7 +208,7 @@ class Turn:
         while await self._pieces.get() is not None:
             pass
         completion, message = self._ended()
-        choice = {"index": 0, "message": _said(message), "finish_reason": _reason(message)}
+        choice = {"index": 0, "message": plain_message(message), "finish_reason": _reason(message)}
         choice["logprobs"] = self._logprobs(completion.ids, completion.logprobs) if self._body.logprobs else None
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": self._usage(completion)}
 
@@ -240,7 +237,7 @@ class Turn:
             return
         delta = _delta(sent, message)
         if message.tool_calls:
-            delta["tool_calls"] = [{"index": n} | call for n, call in enumerate(_said(message)["tool_calls"])]
+            delta["tool_calls"] = [{"index": n} | call for n, call in enumerate(plain_message(message)["tool_calls"])]
         if delta:
             yield self._event(delta)
         logprobs = self._logprobs(completion.ids, completion.logprobs) if self._body.logprobs else None
@@ -290,18 +287,6 @@ def _tool(schema: dict[str, Any]) -> Tool:
 
 def _not_here(**arguments: object) -> None:
     raise AssertionError("a client's tools are called by the client")
-
-
-def _said(message: Message) -> dict[str, Any]:
-    said: dict[str, Any] = {"role": "assistant", "content": message.content or None}
-    if message.reasoning:
-        said["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        said["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
-    return said
 
 
 def _delta(sent: Message, now: Message) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from threading import Lock
 from typing import Literal
 
 from engrain.adapter import Adapter
-from engrain.agent import LONGEST_CONTEXT, Agent
+from engrain.agent import Agent, open_engine
 from engrain.context_files import read_section
-from engrain.engine import Engine
 from engrain.errors import InputError
 from engrain.scheduler import Job, Scheduler
 from engrain.tool import Tool
@@ -69,8 +68,7 @@ class Service:
         base = agent.load_base() if hypernetwork else agent.load()
         self._adapters = agent.adapters(base) if hypernetwork else None
         self.renderer = agent.renderer
-        longest = min(LONGEST_CONTEXT, getattr(base.model.config, "max_position_embeddings", LONGEST_CONTEXT))
-        self._engine = Engine(base.model, self.renderer, base.tokenizer, parallel=parallel, max_context=longest)
+        self._engine = open_engine(base.model, self.renderer, parallel)
         self._scheduler = Scheduler(self._engine, most_waiting)
         self._written: OrderedDict[str, Message] = OrderedDict()
         self._lock = Lock()
@@ -144,10 +142,10 @@ class Service:
     def _adapter(self, workflow: Workflow, tenant: str, messages: Sequence[Message]) -> tuple[Adapter | None, str]:
         if self._adapters is None:
             return None, ""
-        by_step = self.agent.manifest.config.get("contexts") == "step"
-        context = workflow.step_context(tenant, workflow.phase(messages).name) if by_step else workflow.context(tenant)
-        strange = self._adapters.strange(context)
-        return (None if strange else self._adapters(context)), strange
+        contexts = self.agent.contexts(workflow, tenant)
+        if strange := self._adapters.strange(contexts.values()):
+            return None, strange
+        return self._adapters(contexts["" if "" in contexts else workflow.phase(messages).name]), ""
 
     def _as_written(self, tenant: str, messages: Sequence[Message], at: int) -> Message:
         """A turn that comes back, with its thoughts and its tokens."""

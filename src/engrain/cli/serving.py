@@ -40,7 +40,7 @@ def serve(
         raise InputError("engrain serve needs FastAPI and uvicorn; install: pip install 'engrain[serve]'") from error
     from engrain.agent import load_agent
     from engrain.cli import terminal
-    from engrain.keys import Keys
+    from engrain.keys import Everybody, Keys
     from engrain.service import Service
 
     loaded = load_agent(agent)
@@ -48,7 +48,7 @@ def serve(
     loaded.check_workflow(source)
     if tenant and tenants is None:
         source.system(tenant, "none")  # an unknown one is an error now, not at the first request
-    callers = Keys(keys) if keys is not None else tenant
+    callers = Keys(keys) if keys is not None else Everybody(tenant)
     terminal.quiet()
     service = Service(loaded, source, tenants, parallel, waiting)
     terminal.note(f"{service.name} at http://{host}:{port}/v1")

@@ -93,7 +93,10 @@ def _part(node: Node) -> str:
 
 def to_openai(trajectory: Trajectory) -> dict[str, Any]:
     """The record as an object. Text, calls and ids survive a round trip."""
-    record: dict[str, Any] = {"id": trajectory.id, "messages": [_plain(message) for message in trajectory.messages]}
+    record: dict[str, Any] = {
+        "id": trajectory.id,
+        "messages": [plain_message(message) for message in trajectory.messages],
+    }
     if tools := trajectory.tool_schemas():
         record["tools"] = tools
     if trajectory.meta:
@@ -101,7 +104,8 @@ def to_openai(trajectory: Trajectory) -> dict[str, Any]:
     return record
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def plain_message(message: Message) -> dict[str, Any]:
+    """A message as an object, its reasoning under `reasoning_content`."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
         plain["reasoning_content"] = message.reasoning
