@@ -54,7 +54,7 @@ STAGES = (
         "anneal",
         8,
         drills=0.2,
-        depths=Depths(full=0.6, part=0.3, small=0.3, many=0.3, long=0.4, faults=0.3, disguised=DISGUISED),
+        depths=Depths(full=0.6, part=0.3, small=0.3, many=0.3, long=0.6, faults=0.3, disguised=DISGUISED),
         lr=0.5,
         final=0.05,
         batch_tokens=32_768,
