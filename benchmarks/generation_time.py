@@ -20,10 +20,10 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import lancedb
+import lancedb  # pyright: ignore[reportMissingImports]
 import torch
 import typer
-from lancedb.index import FTS
+from lancedb.index import FTS  # pyright: ignore[reportMissingImports]
 from rich.console import Console
 from rich.table import Table
 
