@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from engrain.service import Service
+    from engrain.workflow import Workflow
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
@@ -77,3 +83,43 @@ def agent(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.T
     out = tmp_path_factory.mktemp("agent") / "agent"
     compile_workflow(library, out, CompileConfig(tokens=4000, rank=4, batch_tokens=1024), data=runs, base=tiny_base)
     return out
+
+
+@pytest.fixture(scope="session")
+def desk() -> Workflow:
+    from serving import DESK
+
+    from engrain.workflow import load_workflow
+
+    return load_workflow(DESK)
+
+
+@pytest.fixture(scope="session")
+def desk_keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two tenants' keys, and under `file` where their hashes are."""
+    from engrain.keys import add_key
+
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    return {"file": str(path)} | {tenant: add_key(path, tenant, 4) for tenant in ("harbor", "kestrel")}
+
+
+@pytest.fixture(scope="session")
+def desk_service(desk: Workflow) -> Service:
+    """The committed agent at work; closed by its server."""
+    from serving import AGENT
+
+    from engrain.agent import load_agent
+    from engrain.service import Service
+
+    return Service(load_agent(AGENT), desk, parallel=4, most_waiting=8)
+
+
+@pytest.fixture(scope="session")
+def desk_url(desk_service: Service, desk_keys: dict[str, str]) -> Iterator[str]:
+    """That agent, served."""
+    from serving import served
+
+    from engrain.keys import Keys
+
+    with served(desk_service, Keys(Path(desk_keys["file"]))) as url:
+        yield url

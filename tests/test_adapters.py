@@ -51,3 +51,5 @@ def test_memory_is_bounded_and_what_was_used_last_stays(monkeypatch: pytest.Monk
     made(SHORT)
     again = made(LONG)
     assert again is not first and equal(again.factors, first.factors)
+    assert made.kept() == (1, size) and made.knows(LONG) and not made.knows(SHORT)
+    assert made.forget(LONG) and not made.forget(LONG) and made.kept() == (0, 0)

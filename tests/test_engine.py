@@ -396,7 +396,7 @@ def test_messages_record_how_they_came_about() -> None:
     ids = [call.id for turn in turns for call in turn.tool_calls]
     assert len(ids) > 1 and len(set(ids)) == len(ids)
     policy.finish(ours)
-    assert all(line.owner is None for line in policy.engine.cache.lines)
+    assert isinstance(policy.engine, Engine) and all(line.owner is None for line in policy.engine.cache.lines)
 
 
 def test_a_turn_that_does_not_end_is_an_invalid_message_and_a_full_context_an_error() -> None:

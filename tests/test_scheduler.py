@@ -84,9 +84,12 @@ def test_too_many_are_refused_and_those_that_wait_are_not_lost(monkeypatch: pyte
             while first.done.running() is False:
                 time.sleep(0.01)
             others = [running.submit(Request([1, number], None, 4)) for number in (3, 4)]
+            assert not running.has_room() and running.load() == (1, 2)
             with pytest.raises(Overloaded, match="2 requests wait already"):
                 running.submit(Request([1, 5], None, 4))
+            others.append(running.submit(Request([1, 6], None, 4), goes_on=True))
         assert all(job.done.result(60).ids for job in (first, *others))
+        assert running.has_room()
     with pytest.raises(Overloaded, match="closed"):
         running.submit(Request([1, 2], None, 4))
 
@@ -104,6 +107,25 @@ def test_a_cancelled_job_ends_and_its_neighbours_do_not_notice(monkeypatch: pyte
                 job.done.result(60)
         assert kept.done.result(60).ids == make().decode([asked[1]])[0].ids
     assert all(line.owner is None for line in engine.cache.lines)
+
+
+def test_a_job_that_has_written_enough_gives_what_is_there() -> None:
+    engine, told = make(parallel=1), list[int]()
+    asked = Request(prompts(6)[0], None, 40)
+    with scheduler(engine) as running:
+        stopped = threading.Event()
+
+        def listen(ids: list[int]) -> None:
+            told.extend(ids)
+            if len(told) >= 5 and stopped.wait(30):
+                job.stop()
+
+        job = running.submit(asked, on_tokens=listen)
+        stopped.set()
+        completion = job.done.result(60)
+    assert completion.error == "truncated" and 5 <= len(completion.ids) == len(completion.logprobs) <= len(told) < 40
+    whole = make().decode([asked])[0]
+    assert completion.ids == whole.ids[: len(completion.ids)] and len(whole.ids) > len(told)
 
 
 def test_what_goes_wrong_ends_the_jobs_that_it_concerns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,18 @@ class Adapters:
         """Why one of these should not be left to an adapter; empty if all may be."""
         return next(filter(None, map(self._strange, contexts)), "")
 
+    def knows(self, context: Context) -> bool:
+        """Whether its adapter is in memory."""
+        return context.digest() in self._adapters
+
+    def forget(self, context: Context) -> bool:
+        """Drop its adapter, not its rules' terms; whether there was one."""
+        return self._adapters.forget(context.digest())
+
+    def kept(self) -> tuple[int, int]:
+        """How many adapters are in memory, and their bytes."""
+        return len(self._adapters), self._adapters.bytes
+
     @torch.no_grad()
     def _make(self, context: Context) -> Adapter:
         source = self._source
@@ -54,14 +66,25 @@ class _Recent(Generic[Value]):
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, Value] = OrderedDict()
-        self._bytes = 0
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
+
+    def forget(self, name: str) -> bool:
+        value = self._kept.pop(name, None)
+        self.bytes -= _bytes(value) if value is not None else 0
+        return value is not None
 
     def __call__(self, name: str, make: Callable[[], Value]) -> Value:
         if name not in self._kept:
             self._kept[name] = made = make()
-            self._bytes += _bytes(made)
-            while self._bytes > MOST_BYTES and len(self._kept) > 1:
-                self._bytes -= _bytes(self._kept.popitem(last=False)[1])
+            self.bytes += _bytes(made)
+            while self.bytes > MOST_BYTES and len(self._kept) > 1:
+                self.bytes -= _bytes(self._kept.popitem(last=False)[1])
         self._kept.move_to_end(name)
         return self._kept[name]
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from engrain.adapter import Adapter
-from engrain.engine import Engine
 from engrain.errors import EngrainError
 from engrain.policy import Episode
+from engrain.renderer import Renderer
 from engrain.task import Task
 from engrain.tool import Tool
 from engrain.trajectory import Message
 from engrain.turn import LONGEST_TURN, Completion, Request
+
+
+class Decoder(Protocol):
+    """An `Engine`, or a place in one that others use too."""
+
+    renderer: Renderer
+    tokenizer: PreTrainedTokenizerBase
+
+    def check(self, request: Request) -> None: ...
+    def decode(self, requests: Sequence[Request]) -> list[Completion]: ...
+    def release(self, owner: object) -> None: ...
 
 
 class CompiledPolicy:
@@ -22,7 +35,7 @@ class CompiledPolicy:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Decoder,
         *,
         constrained: bool = True,
         max_new: int = LONGEST_TURN,

@@ -63,8 +63,19 @@ def _read_examples(path: Path) -> Section:
     return section
 
 
+def parse_context(text: str, name: str, kind: Kind = "tenant") -> Context:
+    """A context from Markdown at hand, as `read_context` reads it from a file; a section without a name has this one.
+
+    Raises `InputError`.
+    """
+    return Context(_parse_markdown(text, Path(name), kind))
+
+
 def _read_markdown(path: Path, kind: Kind) -> tuple[Section, ...]:
-    whole = _read(path, f"{kind} profile")
+    return _parse_markdown(_read(path, f"{kind} profile"), path, kind)
+
+
+def _parse_markdown(whole: str, path: Path, kind: Kind) -> tuple[Section, ...]:
     settings, text = _front_matter(whole, path)
     before = whole.count("\n") - text.count("\n")
     blocks = markdown.parse(text)

@@ -1,6 +1,6 @@
 """API keys: which tenant a caller is. A file holds the SHA-256 of each key, never a key.
 
-    {"keys": [{"sha256": "9f86d0...", "tenant": "acme", "most_at_once": 4}]}
+    {"keys": [{"sha256": "9f86d0...", "tenant": "acme", "most_at_once": 4, "tokens_a_minute": 100000}]}
 
 Invariant: a key names one tenant, and nothing else that a caller sends does. The file is read again when it changes, so
 tenants come and go while a server runs; a file that cannot be read then leaves the keys that were read before.
@@ -21,12 +21,14 @@ from engrain.files import replacing
 
 
 class Caller(BaseModel):
-    """Whose key it is, and how many of their requests may be under way or waiting."""
+    """Whose key it is, how many of the tenant's requests may be under way or waiting, and its tokens a minute."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     tenant: str = Field(min_length=1)
     most_at_once: int = Field(default=16, ge=1)
+    tokens_a_minute: int | None = Field(default=None, ge=1)
+    """Read and written; by default without a limit."""
 
 
 class _File(BaseModel):
@@ -63,11 +65,12 @@ class Everybody:
         return self._caller
 
 
-def add_key(path: Path, tenant: str, most_at_once: int = 16) -> str:
+def add_key(path: Path, tenant: str, most_at_once: int = 16, tokens_a_minute: int | None = None) -> str:
     """A new key for a tenant, its hash added to the file: the only time that the key is known. Raises `InputError`."""
     key = f"engrain-{secrets.token_urlsafe(32)}"
     file = _load(path) if path.exists() else _File()
-    file.keys.append(Caller(sha256=_sha256(key), tenant=tenant, most_at_once=most_at_once))
+    sha256 = _sha256(key)
+    file.keys.append(Caller(sha256=sha256, tenant=tenant, most_at_once=most_at_once, tokens_a_minute=tokens_a_minute))
     with replacing(path) as written:
         written.write(json.dumps(file.model_dump(), indent=1) + "\n")
     return key

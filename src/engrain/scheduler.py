@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engrain.engine import Engine
 from engrain.errors import EngrainError, Overloaded
@@ -22,7 +22,10 @@ MOST_WAITING = 256
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way; any thread may `cancel` it, and `done` then raises `CancelledError`."""
+    """A request on its way; any thread may end it early.
+
+    After `cancel`, `done` raises `CancelledError`; after `stop`, it gives what was written until then.
+    """
 
     request: Request
     tenant: str
@@ -30,9 +33,13 @@ class Job:
     done: Future[Completion] = field(default_factory=Future)
     sent: int = 0
     given_up: bool = False
+    enough: bool = False
 
     def cancel(self) -> None:
         self.given_up = True
+
+    def stop(self) -> None:
+        self.enough = True
 
 
 class Scheduler:
@@ -49,17 +56,22 @@ class Scheduler:
         self._thread.start()
 
     def submit(
-        self, request: Request, tenant: str = "", on_tokens: Callable[[list[int]], None] = lambda ids: None
+        self,
+        request: Request,
+        tenant: str = "",
+        on_tokens: Callable[[list[int]], None] = lambda ids: None,
+        *,
+        goes_on: bool = False,
     ) -> Job:
         """A job, of which `done` is resolved later. `on_tokens` gets new tokens from the engine's thread, which waits.
 
-        Raises `Overloaded` if too many wait already, or after `close`.
+        Raises `Overloaded` after `close`, or if too many wait already and it does not go on with what was accepted.
         """
         job = Job(request, tenant, on_tokens)
         with self._changed:
             if self._closing:
                 raise Overloaded("no more requests are taken, this engine is being closed; ask another")
-            if (waiting := self._count()) >= self._most_waiting:
+            if (waiting := self._count()) >= self._most_waiting and not goes_on:
                 raise Overloaded(f"{waiting} requests wait already, at most {self._most_waiting} may; try again later")
             self._waiting.setdefault(tenant, deque()).append(job)
             self._changed.notify()
@@ -71,6 +83,16 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+
+    def load(self) -> tuple[int, int]:
+        """How many are being decoded, and how many wait."""
+        with self._changed:
+            return len(self._active), self._count()
+
+    def has_room(self) -> bool:
+        """Whether `submit` would take a request now."""
+        with self._changed:
+            return not self._closing and self._count() < self._most_waiting
 
     def _count(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -84,9 +106,8 @@ class Scheduler:
                 chosen = [self._next() for _ in range(min(free, self._count()))]
             for job in chosen:
                 self._begin(job)
-            for job in [job for job in self._active if job.given_up]:
-                self._engine.drop(self._active.pop(job))
-                job.done.set_exception(CancelledError())
+            for job in [job for job in self._active if job.given_up or job.enough]:
+                self._end_early(job)
             if self._active:
                 self._advance()
             elif self._closing and not self._waiting:
@@ -107,6 +128,14 @@ class Scheduler:
             (self._active[job],) = self._engine.begin([job.request], list(self._active.values()))
         except Exception as error:
             job.done.set_exception(error)
+
+    def _end_early(self, job: Job) -> None:
+        turn = self._active.pop(job)
+        self._engine.drop(turn)
+        if job.given_up:
+            job.done.set_exception(CancelledError())
+        else:
+            job.done.set_result(replace(turn.completion, ids=turn.ids[: len(turn.logprobs)]))
 
     def _advance(self) -> None:
         try:

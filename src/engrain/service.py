@@ -16,13 +16,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Literal, TypeVar
 
 from engrain.adapter import Adapter
+from engrain.adapters import Adapters
 from engrain.agent import Agent, open_engine
+from engrain.compiled_policy import CompiledPolicy
 from engrain.context_files import read_section
+from engrain.engine import Engine
 from engrain.errors import InputError
+from engrain.policy import Episode
 from engrain.scheduler import Job, Scheduler
+from engrain.task import Task
 from engrain.tool import Tool
 from engrain.trajectory import Message, Trajectory
 from engrain.turn import GREEDY, LONGEST_TURN, Completion, Request, Sampling
@@ -30,6 +35,7 @@ from engrain.workflow import Workflow
 
 MOST_REMEMBERED = 100_000
 """Turns whose tokens are kept, those used last."""
+Value = TypeVar("Value")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -44,6 +50,8 @@ class Asked:
     """Whether the turn is an answer in words, in place of a call."""
     most_tokens: int = LONGEST_TURN
     sampling: Sampling = GREEDY
+    only: str = ""
+    """The one tool that may be called, if not all of them."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,14 @@ class Service:
     def name(self) -> str:
         return self.agent.manifest.workflow
 
+    def knows(self, tenant: str) -> bool:
+        """Whether it has the tenant's profile at this time."""
+        return self._profile(tenant) is not None or tenant in self._workflow.tenants
+
     def prepare(self, tenant: str, asked: Asked) -> Prepared:
         """May take the time of making an adapter. Raises `InputError` for an unknown tenant or a call without tools."""
         with self._lock:
-            workflow = self._of(tenant)
+            workflow = self.workflow(tenant)
             messages = [self._as_written(tenant, asked.messages, at) for at in range(len(asked.messages))]
             adapter, in_prompt = self._adapter(workflow, tenant, messages)
         instructions = "full" if in_prompt else "none"
@@ -92,8 +104,11 @@ class Service:
         tools = workflow.tools if asked.tools is None else asked.tools
         if asked.answer == "must":
             tools = ()
-        elif asked.answer == "must not" and not tools:
-            raise InputError("a call is required and no tools are given; give tools, or allow an answer")
+        elif asked.only:
+            tools = [tool for tool in tools if tool.name == asked.only]
+        if asked.answer == "must not" and not tools:
+            what = f"of {asked.only!r} " if asked.only else ""
+            raise InputError(f"a call {what}is required and no such tool is given; give it, or allow an answer")
         grammar = self.renderer.grammar(tools, answer=asked.answer != "must not")
         request = Request(
             self.renderer.prompt(trajectory), grammar, asked.most_tokens,
@@ -126,26 +141,69 @@ class Service:
                     self._written.popitem(last=False)
         return message
 
+    def policy(self, tenant: str, workflow: Workflow) -> CompiledPolicy:
+        """The agent as a policy for this tenant's episodes, decoded beside everybody's turns."""
+
+        def adapter_of(episode: Episode) -> Adapter | None:
+            with self._lock:
+                return self._adapter(workflow, tenant, episode.trajectory.messages)[0]
+
+        def in_prompt(task: Task) -> str:
+            with self._lock:
+                return self._strange(workflow, tenant)
+
+        return CompiledPolicy(
+            _Shared(self._engine, self._scheduler, tenant), adapter_of=adapter_of, in_prompt=in_prompt
+        )
+
+    def load(self) -> tuple[int, int]:
+        """How many turns are being decoded, and how many wait."""
+        return self._scheduler.load()
+
+    def has_room(self) -> bool:
+        """Whether another turn would be taken now."""
+        return self._scheduler.has_room()
+
+    def adapters_kept(self) -> tuple[int, int]:
+        """How many adapters are in memory, and their bytes."""
+        return self._adapters.kept() if self._adapters is not None else (0, 0)
+
+    def use_adapters(self, use: Callable[[Adapters], Value]) -> Value:
+        """While nobody else uses them. Raises `InputError` for an agent without a hypernetwork."""
+        if self._adapters is None:
+            raise InputError(f"{self.name} is a {self.agent.manifest.kind} agent: it makes no adapters")
+        with self._lock:
+            return use(self._adapters)
+
     def close(self) -> None:
         """Refuse what comes, finish what was accepted."""
         self._scheduler.close()
 
-    def _of(self, tenant: str) -> Workflow:
-        """The workflow with this tenant as its profile says now."""
-        path = self._tenants / f"{tenant}.md" if self._tenants is not None and _NAME.fullmatch(tenant) else None
-        if path is not None and path.is_file():
+    def workflow(self, tenant: str) -> Workflow:
+        """The workflow with this tenant as its profile says now. Raises `InputError` for one without."""
+        path = self._profile(tenant)
+        if path is not None:
             return self._workflow.with_tenant(replace(read_section(path), name=tenant))
         if tenant not in self._workflow.tenants:
             raise InputError(f"unknown tenant {tenant!r}; add its profile to the directory given with --tenants")
         return self._workflow
 
+    def _profile(self, tenant: str) -> Path | None:
+        path = self._tenants / f"{tenant}.md" if self._tenants is not None and _NAME.fullmatch(tenant) else None
+        return path if path is not None and path.is_file() else None
+
     def _adapter(self, workflow: Workflow, tenant: str, messages: Sequence[Message]) -> tuple[Adapter | None, str]:
         if self._adapters is None:
             return None, ""
-        contexts = self.agent.contexts(workflow, tenant)
-        if strange := self._adapters.strange(contexts.values()):
+        if strange := self._strange(workflow, tenant):
             return None, strange
+        contexts = self.agent.contexts(workflow, tenant)
         return self._adapters(contexts["" if "" in contexts else workflow.phase(messages).name]), ""
+
+    def _strange(self, workflow: Workflow, tenant: str) -> str:
+        if self._adapters is None:
+            return ""
+        return self._adapters.strange(self.agent.contexts(workflow, tenant).values())
 
     def _as_written(self, tenant: str, messages: Sequence[Message], at: int) -> Message:
         """A turn that comes back, with its thoughts and its tokens."""
@@ -157,6 +215,26 @@ class Service:
             return message
         self._written.move_to_end(name)
         return kept
+
+
+class _Shared:
+    """The engine as one caller among others uses it: a turn waits for its place, and is never refused."""
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, tenant: str) -> None:
+        self._engine, self._scheduler, self._tenant = engine, scheduler, tenant
+        self.renderer, self.tokenizer = engine.renderer, engine.tokenizer
+
+    def check(self, request: Request) -> None:
+        self._engine.check(request)
+
+    def decode(self, requests: Sequence[Request]) -> list[Completion]:
+        # Without an owner: lines belong to the engine's thread, which finds this stream's again by its tokens.
+        own = (replace(request, owner=None) for request in requests)
+        jobs = [self._scheduler.submit(request, self._tenant, goes_on=True) for request in own]
+        return [job.done.result() for job in jobs]
+
+    def release(self, owner: object) -> None:
+        pass
 
 
 def _name(tenant: str, before: Sequence[Message], message: Message) -> str:

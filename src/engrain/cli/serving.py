@@ -25,7 +25,7 @@ def serve(
     waiting: Annotated[int, typer.Option(help="Turns that may wait; more are refused.", min=1)] = 256,
     workflow: WorkflowPath = None,
 ) -> None:
-    """Serve an agent as OpenAI's chat completions. Ctrl-C lets what was accepted finish."""
+    """Serve an agent over HTTP, as OpenAI's clients speak it. Ctrl-C lets what was accepted finish."""
     if (keys is None) == (not tenant):
         raise InputError("expected one of: --keys FILE, or --tenant NAME to serve one tenant on this machine only")
     if tenant and host not in LOOPBACK:
@@ -37,7 +37,7 @@ def serve(
 
         from engrain.serve import create_app
     except ImportError as error:
-        raise InputError("engrain serve needs FastAPI and uvicorn; install: pip install 'engrain[serve]'") from error
+        raise InputError("engrain serve needs more packages; install: pip install 'engrain[serve]'") from error
     from engrain.agent import load_agent
     from engrain.cli import terminal
     from engrain.keys import Everybody, Keys
@@ -59,8 +59,9 @@ def key(
     tenant: Annotated[str, typer.Argument(help="Whose key it will be.")],
     keys: KeysPath,
     most_at_once: Annotated[int, typer.Option(help="Requests that may be under way.", min=1)] = 16,
+    tokens_a_minute: Annotated[int | None, typer.Option(help="By default without a limit.", min=1)] = None,
 ) -> None:
     """Make an API key for a tenant and print it: only its hash is kept."""
     from engrain.keys import add_key
 
-    typer.echo(add_key(keys, tenant, most_at_once))
+    typer.echo(add_key(keys, tenant, most_at_once, tokens_a_minute))

@@ -76,7 +76,11 @@ def _call(node: Node, conversation: Conversation) -> ToolCall:
 
 
 def _content(node: Node) -> str:
-    content = node.child("content")
+    return content_text(node.child("content"))
+
+
+def content_text(content: Node) -> str:
+    """Text, or text in parts, or nothing."""
     if isinstance(content.value, list):
         return "".join(_part(part) for part in content.items())
     return content.text() if content.value is not None else ""

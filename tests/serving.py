@@ -1,0 +1,46 @@
+"""A running server of the committed agent, on a thread of the tests."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import uvicorn
+
+from engrain.keys import Everybody, Keys
+from engrain.serve import create_app
+from engrain.service import Service
+from engrain.task import Task
+from engrain.workflow import Workflow
+
+ROOT = Path(__file__).parents[1]
+AGENT = ROOT / "agents" / "support_desk"
+DESK = ROOT / "examples" / "support_desk"
+
+
+@contextmanager
+def served(service: Service, keys: Keys | Everybody) -> Iterator[str]:
+    """Its address, up to `/v1`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = uvicorn.Config(create_app(service, keys), port=port, log_level="error", timeout_graceful_shutdown=30)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+def task_of(desk: Workflow, tenant: str, number: int = 0) -> Task:
+    return next(islice((task for task in desk.tasks("held_out", 5) if task.tenant == tenant), number, None))
