@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engrain.agent import load_agent
+from engrain.engine import Engine
 from engrain.rollout import UNTIMED, rollout
 from engrain.workflow import load_workflow
 
@@ -34,7 +35,8 @@ def main(
     plain: list[list[int]] = []
     for length in map(int, drafts.split(",")):
         policy = agent.policy(workflow, parallel)
-        policy.engine.draft = length
+        engine = cast(Engine, policy.engine)
+        engine.draft = length
         began = time.process_time()
         runs = list(
             rollout(workflow, islice(workflow.tasks(split, 1000), n), policy, parallel=parallel, budget=UNTIMED)
@@ -44,7 +46,7 @@ def main(
         plain = plain or turns
         right = sum(run.outcome is not None and run.outcome.success for run in runs)
         tokens = sum(map(len, turns))
-        cells = (length, policy.engine.passes, tokens, f"{tokens / seconds:,.0f}", f"{right} of {n}", turns == plain)
+        cells = (length, engine.passes, tokens, f"{tokens / seconds:,.0f}", f"{right} of {n}", turns == plain)
         table.add_row(*map(str, cells))
     Console().print(table)
 
