@@ -46,9 +46,11 @@ def random_adapter(seed: int, rank: int, alpha: float, names: tuple[str, ...] = 
 
 
 def test_the_one_line() -> None:
-    a, b, x = torch.randn(2, 6), torch.randn(5, 2), torch.randn(3, 6)
-    torch.testing.assert_close(lora_delta(x, a, b, 8.0, 2), 4.0 * (x @ (b @ a).T))
-    assert lora_delta(x.bfloat16(), a, b, 8.0, 2).dtype == torch.bfloat16
+    for rank, tokens in ((2, 3), (9, 400)):  # one after the other; their product first
+        a, b, x = torch.randn(3, rank, 6), torch.randn(3, 5, rank), torch.randn(3, tokens, 6)
+        expected = torch.einsum("ntd,nrd,nor->nto", x, a, b)
+        torch.testing.assert_close(lora_delta(x, a, b, 8.0 * rank, 2 * rank), 4.0 * expected, rtol=1e-4, atol=1e-4)
+        assert lora_delta(x.bfloat16(), a, b, 8.0, 2).dtype == torch.bfloat16
 
 
 @peft_warns
