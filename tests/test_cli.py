@@ -22,6 +22,7 @@ from engrain.adapter import delta_weight, load_peft
 from engrain.agent import load_agent
 from engrain.cli import invoke
 from engrain.context_files import read_context
+from engrain.model import linear, load_base
 from engrain.trajectory import read_trajectories
 
 Capture = pytest.CaptureFixture[str]
@@ -105,6 +106,12 @@ def test_compile_run_adapter_eval(library: Path, runs: Path, tiny_base: Path, tm
     assert "lora agent" in refused(capsys, "adapter", agent, "-o", tmp_path / "p2", "--context", "x.md")
     assert "--to hypernetwork" in refused(capsys, "run", agent, "hello", "--tenant", "x.md", "--workflow", library)
 
+    ok(capsys, "export", agent, "--merged", "--dtype", "float32", "-o", tmp_path / "merged")
+    merged, own, ids = load_base(tmp_path / "merged"), load_agent(agent).load(), torch.arange(20)[None]
+    assert torch.equal(merged.model(ids).logits, own.model(ids).logits)
+    assert merged.tokenizer.chat_template == own.tokenizer.chat_template
+    assert "--merged" in refused(capsys, "export", agent, "-o", tmp_path / "m2")
+
     evaluation = ("eval", agent, "--arms", "lora", "-n", 1, "--latency", 1, "--steps", 1, "-o", tmp_path / "report")
     report = json.loads(ok(capsys, *evaluation, "--json"))
     assert report["cells"]["lora"]["held_out"]["score"]["tasks"] == 1
@@ -127,6 +134,10 @@ def test_a_hypernetwork_serves_a_profile_in_a_file(
     assert own.rank > 2 + 10 and f"rank {own.rank} adapter" in written  # that of each token beside the shared term
     for site in own.factors:
         assert torch.equal(delta_weight(exported, site), delta_weight(own, site))
+    ok(capsys, "export", agent, "--merged", "--context", profile, "-o", tmp_path / "merged")
+    base, (site, *_) = made.load_base(), own.factors
+    exact = linear(base.model, site).weight + delta_weight(own, site)
+    torch.testing.assert_close(linear(load_base(tmp_path / "merged").model, site).weight, exact, rtol=1e-2, atol=1e-3)
 
 
 def test_serving_needs_to_know_who_calls(agent: Path, library: Path, tmp_path: Path, capsys: Capture) -> None:

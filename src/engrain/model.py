@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -65,6 +66,12 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32) -> Base:
     if wrong:
         raise ModelError(f"{path}: weights do not fit config.json, first at {wrong[0]}; fetch or save the base again")
     return Base(model.eval(), tokenizer, digest, path)
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """Of most of the weights of a base's directory."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def save_base(base: Base, path: Path) -> str:

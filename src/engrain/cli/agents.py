@@ -15,6 +15,7 @@ from engrain.cli.sources import Interrupted, Json
 from engrain.errors import InputError
 
 if TYPE_CHECKING:
+    from engrain.adapter import Adapter
     from engrain.agent import Agent
     from engrain.task import Task
     from engrain.workflow import Workflow
@@ -28,6 +29,12 @@ class Contexts(StrEnum):
 
     tenant = "tenant"
     step = "step"
+
+
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class Target(StrEnum):
@@ -177,35 +184,82 @@ def _tasks(
         yield from islice(workflow.tasks(split, seed), sample)
 
 
+ContextPath = Annotated[Path | None, typer.Option("--context", help="Rules, .md, that a hypernetwork reads.")]
+
+
 def adapter(
     agent: AgentPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT directory to make.")],
-    context: Annotated[Path | None, typer.Option(help="What a hypernetwork makes the adapter for: rules, .md.")] = None,
+    context: ContextPath = None,
     rank: Annotated[int | None, typer.Option(help="Compress to this rank, as vLLM may need.", min=1)] = None,
 ) -> None:
     """Export the adapter as a directory that PEFT and vLLM load."""
-    from engrain.adapter import compress, load_peft, save_peft
+    from engrain.adapter import compress, save_peft
     from engrain.agent import load_agent
     from engrain.cli import terminal
-    from engrain.context_files import read_context
 
     loaded = load_agent(agent)
-    kind = loaded.manifest.kind
-    if kind == "full":
+    if loaded.manifest.kind == "full":
         raise InputError(f"{agent} is a full agent and has no adapter; compile with --to lora")
-    if (context is None) != (kind == "lora"):
-        fix = "give --context FILE" if kind == "hypernetwork" else "leave --context out: it has one adapter for all"
-        raise InputError(f"{agent} is a {kind} agent; {fix}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} already exists and is not empty; choose another name")
+    _check_export(loaded, output, context)
     terminal.quiet()
-    if context is None:
-        made = load_peft(agent / "adapter")
-    else:
-        made = loaded.adapters(loaded.load_base())(read_context(context))
+    made = _adapter_of(loaded, context)
     lost = ""
     if rank is not None:
         made, share = compress(made, rank)
         lost = f", {100 * share:.2g}% of its energy lost"
     save_peft(made, output, str(loaded.base_path.resolve()))
     typer.echo(f"{output}: rank {made.rank} adapter for {loaded.manifest.base.name}{lost}")
+
+
+def export(
+    agent: AgentPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The model directory to make.")],
+    merged: Annotated[bool, typer.Option("--merged", help="The base with the adapter in its weights.")] = False,
+    context: ContextPath = None,
+    dtype: Annotated[DType | None, typer.Option(help="Of the weights; by default the base's.")] = None,
+) -> None:
+    """Export a model directory of transformers' kind, for engines without LoRA."""
+    from dataclasses import replace
+
+    import torch
+
+    from engrain.adapter import merge
+    from engrain.agent import load_agent
+    from engrain.cli import terminal
+    from engrain.model import save_base, stored_dtype
+
+    if not merged:
+        raise InputError("expected --merged: the base with the adapter in its weights; an adapter by itself is made by "
+                         "`engrain adapter`")  # fmt: skip
+    loaded = load_agent(agent)
+    _check_export(loaded, output, context)
+    terminal.quiet()
+    if context is None:
+        base = loaded.load()
+    else:
+        base = loaded.load_base()
+        merge(base.model, _adapter_of(loaded, context))
+    base.model.to(getattr(torch, dtype.value) if dtype is not None else stored_dtype(loaded.base_path))  # type: ignore[arg-type]
+    save_base(replace(base, tokenizer=loaded.renderer.tokenizer), output)
+    typer.echo(f"{output}: {loaded.manifest.workflow} in the weights of {loaded.manifest.base.name}")
+
+
+def _check_export(agent: Agent, output: Path, context: Path | None) -> None:
+    """Raises `InputError`."""
+    kind = agent.manifest.kind
+    if (context is not None) != (kind == "hypernetwork"):
+        fix = "give --context FILE" if kind == "hypernetwork" else "leave --context out: it is one for all"
+        raise InputError(f"{agent.path} is a {kind} agent; {fix}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} already exists and is not empty; choose another name")
+
+
+def _adapter_of(agent: Agent, context: Path | None) -> Adapter:
+    """The one that it has, or that its hypernetwork makes."""
+    from engrain.adapter import load_peft
+    from engrain.context_files import read_context
+
+    if context is None:
+        return load_peft(agent.path / "adapter")
+    return agent.adapters(agent.load_base())(read_context(context))
