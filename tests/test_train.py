@@ -29,7 +29,8 @@ from engrain.batch import collate
 from engrain.context import Context, Section
 from engrain.errors import EngrainError, InputError, ModelError
 from engrain.gradients import Gradients, Sum, accumulate, passes, share_rows
-from engrain.model import PACKED, Base, adapted, attention, sites
+from engrain.learner import attention_length
+from engrain.model import PACKED, Base, adapted, attention, load_base, sites
 from engrain.objective import row_loss
 from engrain.renderer import Row
 from engrain.train import TrainConfig, train
@@ -217,6 +218,14 @@ def test_shares_and_passes_lose_nothing(lengths: list[int], threads: int) -> Non
     runs = list(passes(rows, 40))
     assert [row for run in runs for row in run] == rows
     assert all(sum(len(row.ids) for row in run) <= 40 for run in runs)
+
+
+def test_long_rows_are_shared_by_what_attention_costs(tiny_base: Path) -> None:
+    rows = [Row([0] * length, [True] * length) for length in (300, *[100] * 6)]
+    assert [len(share) for share in share_rows(rows, 2)] == [3, 4]
+    assert [len(share) for share in share_rows(rows, 2, twice=100)] == [1, 6]
+    inner = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # multiplications of a layer for a token
+    assert attention_length(load_base(tiny_base).model) == inner / 64
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")

@@ -9,6 +9,7 @@ is seen by all. The sum over processes is taken in a fixed order: same rows and 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import multiprocessing
 import signal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from engrain.renderer import Row
 
 UNEVEN = 1.14
-"""A share with more than so many times its equal part of the tokens keeps the others waiting: threads are faster."""
+"""A share with more than so many times its equal part of the cost keeps the others waiting: threads are faster."""
 NEVER = float("inf")
 """For compiled layers: other threads need other code, and one process is fast enough alone."""
 
@@ -54,9 +55,18 @@ Work = Callable[[Sequence["Row"], threading.Event], Sum | None]
 class Gradients:
     """`work` done by `workers` processes, this one among them; they live while it is open."""
 
-    def __init__(self, work: Work, like: Sequence[Tensor], workers: int, threads: int, uneven: float = UNEVEN) -> None:
+    def __init__(
+        self,
+        work: Work,
+        like: Sequence[Tensor],
+        workers: int,
+        threads: int,
+        uneven: float = UNEVEN,
+        twice: float = math.inf,
+    ) -> None:
+        """At a length of `twice`, attention makes a token twice as dear as the linear layers alone."""
         self._work, self._like, self._workers, self._threads = work, like, workers, threads
-        self._uneven = uneven
+        self._uneven, self._twice = uneven, twice
         self._before = threads
         self._helpers: list[_Helper] = []
 
@@ -76,9 +86,9 @@ class Gradients:
 
     def _shares(self, rows: Sequence[Row]) -> Sequence[Sequence[Row]]:
         """One a process, or all rows for this one; sets its threads."""
-        shares = share_rows(rows, self._workers)
-        tokens = [sum(len(row.ids) for row in share) for share in shares]
-        together = max(tokens) * self._workers > self._uneven * sum(tokens)
+        shares = share_rows(rows, self._workers, self._twice)
+        costs = [sum(_cost(row, self._twice) for row in share) for share in shares]
+        together = max(costs) * self._workers > self._uneven * sum(costs)
         torch.set_num_threads(self._threads if together else max(1, self._threads // self._workers))
         return [rows] if together else shares
 
@@ -192,15 +202,20 @@ def keep_freed_memory() -> None:
         return
 
 
-def share_rows(rows: Sequence[Row], workers: int) -> list[list[Row]]:
-    """At most `workers` shares of about equal tokens: longest row first, each to the lightest share."""
+def share_rows(rows: Sequence[Row], workers: int, twice: float = math.inf) -> list[list[Row]]:
+    """At most `workers` shares of about equal cost: longest row first, each to the lightest share."""
     shares: list[list[Row]] = [[] for _ in range(workers)]
-    loads = [0] * workers
+    loads = [0.0] * workers
     for row in sorted(rows, key=lambda row: -len(row.ids)):
         lightest = loads.index(min(loads))
         shares[lightest].append(row)
-        loads[lightest] += len(row.ids)
+        loads[lightest] += _cost(row, twice)
     return [share for share in shares if share]
+
+
+def _cost(row: Row, twice: float) -> float:
+    """In tokens of a row without attention."""
+    return len(row.ids) * (1 + len(row.ids) / twice)
 
 
 def passes(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:

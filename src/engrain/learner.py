@@ -24,7 +24,7 @@ from engrain.checkpoint import Checkpoint
 from engrain.errors import InputError
 from engrain.gradients import NEVER, UNEVEN, Gradients, Sum, accumulate, keep_freed_memory, shared
 from engrain.learned import LearnedSource
-from engrain.model import PACKED, Base, adapted, attention
+from engrain.model import PACKED, Base, adapted, attention, sites
 from engrain.objective import Objective
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ class Learner:
             parameter.data = shared(parameter.data)
         self.pass_tokens = math.ceil(config.batch_tokens / workers)
         uneven = NEVER if config.compiled else UNEVEN
-        self.gradients = Gradients(self._gradients, list(self.trained.values()), workers, threads, uneven)
+        twice = attention_length(base.model)
+        self.gradients = Gradients(self._gradients, list(self.trained.values()), workers, threads, uneven, twice)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def step(self, rows: Sequence[Row], lr: float, stopping: threading.Event) -> tuple[float, float] | None:
@@ -250,6 +251,15 @@ def _checkpointing(model: PreTrainedModel, action: Literal["enable", "disable"])
     """transformers 5.23 renamed these methods."""
     new, old = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
     return getattr(model, new if hasattr(model, new) else old)
+
+
+def attention_length(model: PreTrainedModel) -> float:
+    """The row length, in tokens, at which causal attention takes as many multiplications as the linear layers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    linear = sum(d_in * d_out for d_in, d_out in sites(model).values())
+    return linear / (config.num_hidden_layers * width)
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
