@@ -99,6 +99,26 @@ def test_turns_that_come_back_have_their_tokens_again_for_their_own_tenant_only(
     assert "secret" not in service.text(service.prepare("north", other).request.prompt)
 
 
+def test_a_bare_base_is_told_its_tools(library: Path, agent: Path) -> None:
+    workflow = load_workflow(library)
+    first, *others = workflow.tools
+    every = [tool.name for tool in workflow.tools]
+    bare, compiled = (Service(load_agent(agent), workflow, parallel=1, compiled=of) for of in (False, True))
+    asks = [
+        (Asked([HELLO]), every),
+        (Asked([HELLO], [first]), [first.name]),
+        (Asked([HELLO], [first], shown=workflow.tools), every),
+    ]
+    for asked, names in asks:
+        told, plain = (service.text(service.prepare("north", asked).request.prompt) for service in (bare, compiled))
+        assert [name for name in every if name in told] == names and not [name for name in every if name in plain]
+    assert others
+    weights = [service._engine.model.state_dict() for service in (bare, compiled)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    bare.close()
+    compiled.close()
+
+
 def test_after_close_nothing_is_taken(library: Path, agent: Path) -> None:
     service = Service(load_agent(agent), load_workflow(library), parallel=1)
     prepared = service.prepare("north", Asked([HELLO], most_tokens=4))

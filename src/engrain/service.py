@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from engrain.adapter import Adapter
 from engrain.adapters import Adapters
@@ -52,6 +52,8 @@ class Asked:
     sampling: Sampling = GREEDY
     only: str = ""
     """The one tool that may be called, if not all of them."""
+    shown: Sequence[Tool] = ()
+    """What the prompt of a bare base tells of; by default those that may be called."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,24 @@ class Prepared:
 
 
 class Service:
-    """Opens an agent and decodes for everybody until `close`. Raises `InputError` if it cannot be opened."""
+    """Opens an agent and decodes for everybody until `close`. Raises `InputError` if it cannot be opened.
+
+    With `compiled=False` it is the bare base, which is told its tools in the prompt.
+    """
 
     def __init__(
-        self, agent: Agent, workflow: Workflow, tenants: Path | None = None, parallel: int = 16, most_waiting: int = 256
+        self,
+        agent: Agent,
+        workflow: Workflow,
+        tenants: Path | None = None,
+        parallel: int = 16,
+        most_waiting: int = 256,
+        *,
+        compiled: bool = True,
     ) -> None:
-        self.agent, self._workflow, self._tenants = agent, workflow, tenants
-        hypernetwork = agent.manifest.kind == "hypernetwork"
-        base = agent.load_base() if hypernetwork else agent.load()
+        self.agent, self._workflow, self._tenants, self._compiled = agent, workflow, tenants, compiled
+        hypernetwork = compiled and agent.manifest.kind == "hypernetwork"
+        base = agent.load() if compiled and not hypernetwork else agent.load_base()
         self._adapters = agent.adapters(base) if hypernetwork else None
         self.renderer = agent.renderer
         self._engine = open_engine(base.model, self.renderer, parallel)
@@ -98,10 +110,11 @@ class Service:
         instructions = "full" if in_prompt else "none"
         if not messages or messages[0].role != "system":
             messages.insert(0, Message(role="system", content=workflow.system(tenant, instructions)))
-        trajectory = Trajectory(
-            id="", messages=messages, tools=workflow.schemas(instructions), workflow=workflow.name, tenant=tenant
-        )
         tools = workflow.tools if asked.tools is None else asked.tools
+        shown = workflow.schemas(instructions)
+        if not self._compiled:
+            shown = json.dumps([tool.schema() for tool in asked.shown or tools], ensure_ascii=False)
+        trajectory = Trajectory(id="", messages=messages, tools=shown, workflow=workflow.name, tenant=tenant)
         if asked.answer == "must":
             tools = ()
         elif asked.only:
@@ -235,6 +248,16 @@ class _Shared:
 
     def release(self, owner: object) -> None:
         pass
+
+
+def as_tool(function: dict[str, Any]) -> Tool:
+    """A caller's tool, as OpenAI describes functions, to be called by the caller."""
+    parameters = json.dumps(function.get("parameters") or {"type": "object", "properties": {}}, ensure_ascii=False)
+    return Tool(function["name"], function.get("description") or "", parameters, _not_here)
+
+
+def _not_here(**arguments: object) -> None:
+    raise AssertionError("a caller's tools are called by the caller")
 
 
 def _name(tenant: str, before: Sequence[Message], message: Message) -> str:

@@ -19,8 +19,8 @@ from engrain.formats.openai import plain_message, read_messages
 from engrain.keys import Caller
 from engrain.serve.live import Ended, Live, added
 from engrain.serve.refused import Refused
-from engrain.serve.server import Server, as_tool
-from engrain.service import Asked
+from engrain.serve.server import Server
+from engrain.service import Asked, as_tool
 from engrain.trajectory import Message
 from engrain.turn import LONGEST_TURN, Sampling
 

@@ -24,8 +24,8 @@ from engrain.serve.chat import answer_under
 from engrain.serve.items import Written, items_of
 from engrain.serve.live import Ended, Live
 from engrain.serve.refused import Refused
-from engrain.serve.server import Server, as_tool
-from engrain.service import Asked
+from engrain.serve.server import Server
+from engrain.service import Asked, as_tool
 from engrain.trajectory import Message
 from engrain.turn import LONGEST_TURN, Sampling
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Header, Request
 
@@ -15,7 +14,6 @@ from engrain.serve.live import Live
 from engrain.serve.refused import Refused
 from engrain.serve.telemetry import Telemetry
 from engrain.service import Asked, Service
-from engrain.tool import Tool
 
 
 class Server:
@@ -57,13 +55,3 @@ class Server:
 
         live.job.done.add_done_callback(lambda _: loop.call_soon_threadsafe(leave))
         return live
-
-
-def as_tool(function: dict[str, Any]) -> Tool:
-    """A client's tool, to be called by the client."""
-    parameters = json.dumps(function.get("parameters") or {"type": "object", "properties": {}}, ensure_ascii=False)
-    return Tool(function["name"], function.get("description") or "", parameters, _not_here)
-
-
-def _not_here(**arguments: object) -> None:
-    raise AssertionError("a client's tools are called by the client")
