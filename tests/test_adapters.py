@@ -23,13 +23,13 @@ def test_it_gives_what_the_source_makes_bit_for_bit_and_the_same_object_again(ki
 
 def test_a_rule_that_was_met_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     source, read = rule_wise(), list[Rule]()
-    terms = source.terms
+    each = source.each
 
-    def watched(rules: Sequence[Rule]) -> Terms:
+    def watched(rules: Sequence[Rule]) -> list[Terms]:
         read.extend(rules)
-        return terms(rules)
+        return each(rules)
 
-    monkeypatch.setattr(source, "terms", watched)
+    monkeypatch.setattr(source, "each", watched)
     made = Adapters(source)
     made(LONG)
     edited = LONG.replacing(LONG.rules[0], "refund up to 50")

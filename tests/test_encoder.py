@@ -13,7 +13,7 @@ from templates import tokenizer
 from transformers import BertConfig, BertModel
 
 from engrain.context import Rule
-from engrain.encoder import BaseEncoder, Cached, Features, MiniLMEncoder, open_encoder
+from engrain.encoder import BaseEncoder, Cached, Features, MiniLMEncoder, open_encoder, padded
 from engrain.errors import InputError, ModelError
 from engrain.model import PACKED, Base, attention, feeding, taken_in
 
@@ -39,8 +39,7 @@ class Counting:
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
         self.asked += rules
-        states = torch.stack([torch.full((len(rule.text), 3), float(len(rule.kind))) for rule in rules])
-        return Features(states, torch.ones(states.shape[:2], dtype=torch.bool))
+        return padded([torch.full((len(rule.text), 3), float(len(rule.kind))) for rule in rules], self.width)
 
     together = __call__
 

@@ -7,14 +7,14 @@ is kept is bit for bit what would be made anew, so the source must not be traine
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
 
 from engrain.adapter import Adapter, unstack
-from engrain.context import Context
+from engrain.context import Context, Rule
 from engrain.hypernetwork import Hypernetwork, Terms
 from engrain.learned import LearnedSource
 
@@ -31,7 +31,10 @@ class Adapters:
         self._adapters, self._terms = _Recent[Adapter](), _Recent[Terms]()
 
     def __call__(self, context: Context) -> Adapter:
-        return self._adapters(context.digest(), partial(self._make, context))
+        name = context.digest()
+        if name not in self._adapters:
+            self._adapters.keep(name, self._make(context))
+        return self._adapters(name)
 
     def strange(self, contexts: Iterable[Context]) -> str:
         """Why one of these should not be left to an adapter; empty if all may be."""
@@ -53,12 +56,21 @@ class Adapters:
     def _make(self, context: Context) -> Adapter:
         source = self._source
         if isinstance(source, Hypernetwork) and context.rules:
-            terms = [self._terms(rule.digest, partial(source.terms, [rule])) for rule in context.rules]
+            terms = self._of_rules(source, context.rules)
             made = source.compose(Terms.join(terms), [range(len(terms))])
         else:
             made = source([context])
         (adapter,) = unstack(made)
         return adapter
+
+    def _of_rules(self, source: Hypernetwork, rules: Sequence[Rule]) -> list[Terms]:
+        """Those that are not kept are made together."""
+        new = [rule for rule in rules if rule.digest not in self._terms]
+        made = {rule.digest: term for rule, term in zip(new, source.each(new) if new else (), strict=True)}
+        kept = {rule.digest: self._terms(rule.digest) for rule in rules if rule.digest not in made}
+        for digest, term in made.items():
+            self._terms.keep(digest, term)
+        return [(made | kept)[rule.digest] for rule in rules]
 
 
 class _Recent(Generic[Value]):
@@ -79,14 +91,17 @@ class _Recent(Generic[Value]):
         self.bytes -= _bytes(value) if value is not None else 0
         return value is not None
 
-    def __call__(self, name: str, make: Callable[[], Value]) -> Value:
-        if name not in self._kept:
-            self._kept[name] = made = make()
-            self.bytes += _bytes(made)
-            while self.bytes > MOST_BYTES and len(self._kept) > 1:
-                self.bytes -= _bytes(self._kept.popitem(last=False)[1])
+    def __call__(self, name: str) -> Value:
+        """One that is kept."""
         self._kept.move_to_end(name)
         return self._kept[name]
+
+    def keep(self, name: str, value: Value) -> None:
+        self.forget(name)
+        self._kept[name] = value
+        self.bytes += _bytes(value)
+        while self.bytes > MOST_BYTES and len(self._kept) > 1:
+            self.bytes -= _bytes(self._kept.popitem(last=False)[1])
 
 
 def _bytes(value: Adapter | Terms) -> int:

@@ -1,7 +1,8 @@
 """`Encoder`: rules to token features, the only thing that a hypernetwork knows of a rule.
 
-Invariant: a rule is encoded by itself, so its states are bit for bit the same whatever other rules are asked for, and
-`digest` names everything that they depend on. States are token level: pooled vectors lose exact identifiers.
+Invariant: a rule is encoded as if by itself (`exact`), so its states are bit for bit the same whatever other rules are
+asked for, and `digest` names everything that they depend on. States are token level: pooled vectors lose exact
+identifiers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from engrain.context import Rule
 from engrain.errors import InputError, ModelError
+from engrain.exact import Exact
 from engrain.files import replacing
 from engrain.model import PACKED, Base, attention, base_digest, feeding, linear, taken_in
 
@@ -71,7 +73,7 @@ class Encoder(Protocol):
     def __call__(self, rules: Sequence[Rule], /) -> Features: ...
 
     def together(self, rules: Sequence[Rule], /) -> Features:
-        """The same to rounding, many times faster for many rules: what training reads. Nothing of it is kept."""
+        """The same to rounding, faster for many rules: what training reads. Nothing of it is kept."""
         ...
 
 
@@ -94,7 +96,7 @@ class BaseEncoder:
             raise ModelError(f"depths are fractions of the base's layers, got {list(depths)}; give some from 0 to 1")
         if not base.digest:
             raise ModelError("the base has no digest to name its features by; load it with load_base")
-        self._base, self._longest = base, longest
+        self._base, self._longest, self._exact = base, longest, Exact()
         config = base.model.config.get_text_config()
         self._layers = [round(depth * config.num_hidden_layers) for depth in depths]
         sites = feeding(base.model) if sites is None else sites
@@ -106,8 +108,9 @@ class BaseEncoder:
         }  # fmt: skip
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
-        with _evaluating(self._base.model, "eager"):
-            return _encode(rules, self._base.tokenizer, self._longest, self.width, self._states)
+        rows = [_ids(rule, self._base.tokenizer, self._longest) for rule in rules]
+        with _evaluating(self._base.model, "sdpa"):  # causal: no token sees the padding after it
+            return _encode(rows, self._exact, self.width, lambda ids, mask: self._states(ids))
 
     def together(self, rules: Sequence[Rule]) -> Features:
         """All rules in one packed stream."""
@@ -118,15 +121,15 @@ class BaseEncoder:
         stream = torch.tensor([[token for row in rows for token in row]])
         places = torch.cat([torch.arange(length) for length in lengths])[None].to(self._base.model.device)
         with torch.no_grad(), _evaluating(self._base.model, PACKED):
-            states = self._states(stream, position_ids=places, lengths=lengths)
+            (states,) = self._states(stream, position_ids=places, lengths=lengths)
         return padded(states.split(lengths), self.width)
 
-    def _states(self, ids: Tensor, **options: Any) -> Tensor:
+    def _states(self, ids: Int[Tensor, "rows tokens"], **options: Any) -> Float[Tensor, "rows tokens width"]:
         decoder, ids = self._base.model.get_decoder(), ids.to(self._base.model.device)
         with taken_in(self._base.model, self.inputs) as inputs:
             output = decoder(input_ids=ids, output_hidden_states=True, use_cache=False, **options)
-        depths = [_normed(output.hidden_states[layer][0]) for layer in self._layers]
-        return torch.cat([*depths, *(inputs[site][0].float() for site in self.inputs)], dim=-1)
+        depths = [_normed(output.hidden_states[layer]) for layer in self._layers]
+        return torch.cat([*depths, *(inputs[site].float() for site in self.inputs)], dim=-1)
 
 
 class MiniLMEncoder:
@@ -143,28 +146,20 @@ class MiniLMEncoder:
             path, dtype=torch.float32, use_safetensors=True, local_files_only=True
         ).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        self._longest = longest
+        self._longest, self._exact = longest, Exact()
         self.width: int = self._model.config.hidden_size
         self.inputs: Mapping[str, int] = {}
         self.digest = _sha256(["minilm", base_digest(path)])
         self.settings: Mapping[str, Any] = {"kind": "minilm", "longest": longest}
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
-        return _encode(rules, self._tokenizer, self._longest, self.width, self._states)
+        rows = [_ids(rule, self._tokenizer, self._longest) for rule in rules]
+        return _encode(rows, self._exact, self.width, self._states)
 
-    def together(self, rules: Sequence[Rule]) -> Features:
-        """All rules in one padded batch."""
-        rows = [torch.tensor(_ids(rule, self._tokenizer, self._longest)) for rule in rules]
-        if not rows:
-            return padded([], self.width)
-        mask = torch.arange(max(map(len, rows))) < torch.tensor([len(row) for row in rows])[:, None]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        with torch.no_grad():
-            states = _normed(self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
-        return Features(states * mask[..., None], mask)
+    together = __call__
 
-    def _states(self, ids: Tensor) -> Tensor:
-        return _normed(self._model(input_ids=ids).last_hidden_state[0])
+    def _states(self, ids: Int[Tensor, "rows tokens"], mask: Bool[Tensor, "rows tokens"]) -> Tensor:
+        return _normed(self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
 
 
 class Cached:
@@ -180,27 +175,34 @@ class Cached:
         self.digest, self.settings = encoder.digest, encoder.settings
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
-        return padded([self._one(rule) for rule in rules], self.width)
+        new = [rule for rule in dict.fromkeys(rules) if rule.digest not in self._known and not self._read(rule)]
+        for rule, states in zip(new, self._encoder(new).rows() if new else (), strict=True):
+            self._known[rule.digest] = states
+            self._write(rule, states)
+        return padded([self._known[rule.digest] for rule in rules], self.width)
 
     def together(self, rules: Sequence[Rule]) -> Features:
         return self._encoder.together(rules)
 
-    def _one(self, rule: Rule) -> Tensor:
-        name = _sha256([self.digest, rule.digest])
-        if name not in self._known:
-            self._known[name] = self._stored(name, rule)
-        return self._known[name]
+    def _read(self, rule: Rule) -> bool:
+        """Whether its states were on disk; they are known then."""
+        place = self._place(rule)
+        states = _read(*place) if place is not None else None
+        if states is not None:
+            self._known[rule.digest] = states
+        return states is not None
 
-    def _stored(self, name: str, rule: Rule) -> Tensor:
+    def _write(self, rule: Rule, states: Tensor) -> None:
+        if (place := self._place(rule)) is not None:
+            with replacing(place[0]) as file:
+                file.buffer.write(save({"states": states.cpu().contiguous()}, metadata=place[1]))
+
+    def _place(self, rule: Rule) -> tuple[Path, dict[str, str]] | None:
+        """The file of a rule's states, and what it must say of itself."""
         if self._folder is None:
-            return self._encoder([rule]).rows()[0]
-        path, origin = self._folder / f"{name}.safetensors", {"encoder": self.digest, "rule": rule.digest}
-        states = _read(path, origin)
-        if states is None:
-            states = self._encoder([rule]).rows()[0]
-            with replacing(path) as file:
-                file.buffer.write(save({"states": states.cpu().contiguous()}, metadata=origin))
-        return states
+            return None
+        name = _sha256([self.digest, rule.digest])
+        return self._folder / f"{name}.safetensors", {"encoder": self.digest, "rule": rule.digest}
 
 
 def open_encoder(settings: Mapping[str, Any], base: Base) -> Encoder:
@@ -225,20 +227,18 @@ def padded(rows: Sequence[Float[Tensor, "_ width"]], width: int) -> Features:
     return Features(states, torch.arange(states.shape[1], device=states.device) < lengths[:, None])
 
 
+@torch.no_grad()
 def _encode(
-    rules: Sequence[Rule],
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    width: int,
-    states: Callable[[Tensor], Tensor],
+    rows: Sequence[list[int]], exact: Exact, width: int, states: Callable[[Tensor, Tensor], Tensor]
 ) -> Features:
-    """Rule by rule: slower than a padded batch, and exact."""
-    rows = []
-    for rule in rules:
-        ids = torch.tensor([_ids(rule, tokenizer, longest)])
-        with torch.no_grad():
-            rows.append(states(ids))
-    return padded(rows, width)
+    """Each row of tokens as if by itself."""
+    lengths = [len(row) for row in rows]
+
+    def run(numbers: Sequence[int], to: int) -> list[Tensor]:
+        ids = torch.tensor([rows[number] + [0] * (to - lengths[number]) for number in numbers])
+        return [states(ids, torch.arange(to) < torch.tensor([lengths[number] for number in numbers])[:, None])]
+
+    return padded([states for (states,) in exact(lengths, run)], width)
 
 
 def _ids(rule: Rule, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[int]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +31,7 @@ from engrain.adapter import Adapter, Factors
 from engrain.context import Context, Rule
 from engrain.encoder import Cached, Encoder, Features, open_encoder
 from engrain.errors import ModelError
+from engrain.exact import Exact
 from engrain.files import replacing_directory
 from engrain.generators import GenerativeAdapter, JointHypernetwork, TextToLora
 from engrain.layers import Associations, Reader
@@ -73,6 +74,7 @@ class Hypernetwork(LearnedSource):
     def __init__(self, encoder: Encoder, sites: Sites, settings: Settings | None = None) -> None:
         super().__init__(encoder, sites, settings)
         self.reader = Reader(2 * self.read, self.settings.width, self.settings.layers)
+        self._exact = Exact()
         own = {site: sites[site] for site in encoder.inputs or sites}
         self.heads = Associations(own, encoder.inputs, self.read, self.settings.width)
 
@@ -90,12 +92,31 @@ class Hypernetwork(LearnedSource):
     def terms(self, rules: Sequence[Rule]) -> Terms:
         """One for each rule.
 
-        In evaluation mode each rule is computed by itself, which makes its term exact; in training all share one
-        padded batch, which is faster and equal to rounding.
+        In evaluation mode each rule is computed as if by itself, which makes its term exact; in training tokens of all
+        rules share each product, which is equal to rounding.
         """
-        if not rules or self.training:
-            return self._write(rules)
-        return Terms.join([self._write([rule]) for rule in rules])
+        if rules and not self.training:
+            return Terms.join(self.each(rules))
+        features = self.features(rules)
+        return Terms(self._write(features, self._kinds(rules), features.mask), tuple(features.mask.sum(dim=1).tolist()))
+
+    def each(self, rules: Sequence[Rule]) -> list[Terms]:
+        """The term of each rule, exact."""
+        features, kinds = self.features(rules), self._kinds(rules)
+        lengths = features.mask.sum(dim=1).tolist()
+
+        def run(numbers: Sequence[int], to: int) -> list[Tensor]:
+            chosen, more = list(numbers), max(0, to - features.mask.shape[1])
+            states, mask = features.states[chosen, :to], features.mask[chosen, :to]
+            own = Features(F.pad(states, (0, 0, 0, more)), F.pad(mask, (0, more)))
+            factors = self._write(own, kinds[chosen], torch.ones_like(own.mask))
+            return [part.unflatten(0, (len(chosen), to)) for a, b in factors.values() for part in (a, b.mT)]
+
+        terms = []
+        for length, parts in zip(lengths, self._exact(lengths, run), strict=True):
+            pairs = zip(self.heads.sites, parts[::2], parts[1::2], strict=True)
+            terms.append(Terms({site: Factors(a, b.mT) for site, a, b in pairs}, (length,)))
+        return terms
 
     def compose(self, terms: Terms, chosen: Sequence[Sequence[int]]) -> Adapter:
         """One adapter for each choice among the rules: the shared term and the chosen, then zeros up to the longest."""
@@ -110,14 +131,15 @@ class Hypernetwork(LearnedSource):
             factors[site] = Factors(a, b.mT)
         return self._with_shared(factors, len(chosen))
 
-    def _write(self, rules: Sequence[Rule]) -> Terms:
-        features = self.features(rules)
-        states, mask = features.states, features.mask
-        read = states[..., : self.read]
+    def _write(
+        self, features: Features, kinds: Int[Tensor, " rules"], wanted: Bool[Tensor, "rules tokens"]
+    ) -> dict[str, Factors]:
+        """What the wanted tokens write."""
+        read = features.states[..., : self.read]
         after = F.pad(read, (0, 0, 0, 1))[:, 1:]  # what the next token reads like; zeros after a rule's last
-        seen = self.reader(Features(torch.cat([read, after], dim=-1), mask), self._kinds(rules))
-        factors = self.heads(self._inputs(states[mask]), after[mask], F.rms_norm(seen[mask], seen.shape[-1:]))
-        return Terms(factors, tuple(mask.sum(dim=1).tolist()))
+        seen = self.reader(Features(torch.cat([read, after], dim=-1), features.mask), kinds)
+        inputs = self._inputs(features.states[wanted])
+        return self.heads(inputs, after[wanted], F.rms_norm(seen[wanted], seen.shape[-1:]))
 
     def _inputs(self, states: Float[Tensor, "tokens features"]) -> Sequence[Float[Tensor, "tokens _"]]:
         return states[:, self.read :].split(list(self.encoder.inputs.values()), dim=1)
