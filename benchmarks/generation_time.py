@@ -38,7 +38,7 @@ from engrain.context import Context, Section
 from engrain.encoder import BaseEncoder, Cached
 from engrain.hypernetwork import Hypernetwork, load_hypernetwork
 from engrain.learned import LearnedSource
-from engrain.model import Base, load_base, sites
+from engrain.model import load_base, sites
 
 RULES, ROWS, TENANTS, WIDTH = 20, 10_000, 50, 384
 """Rules of a context; rows and tenants of the table, and the width of its vectors."""
@@ -57,11 +57,6 @@ def contexts(number: int) -> list[Context]:
                 yield Context((Section("tenant", tenant, section.rules[:RULES]),))
 
     return list(islice(found(), number))
-
-
-def encoder(base: Base) -> Cached:
-    """One that has seen no rule."""
-    return Cached(BaseEncoder(base))
 
 
 def searching(folder: str, texts: list[str]) -> Callable[[int], Any]:
@@ -99,10 +94,12 @@ def main(
 ) -> None:
     loaded, asked = load_base(base or bundled_base()), contexts(number)
 
+    encoder = BaseEncoder(loaded)
+
     def source() -> LearnedSource:
         if hypernetwork is not None:
-            return load_hypernetwork(hypernetwork, loaded, encoder(loaded))
-        return Hypernetwork(encoder(loaded), sites(loaded.model)).eval()
+            return load_hypernetwork(hypernetwork, loaded, Cached(encoder))
+        return Hypernetwork(Cached(encoder), sites(loaded.model)).eval()
 
     cold, warm = source(), source()
     known = Adapters(warm)
@@ -110,7 +107,7 @@ def main(
         known(context)
 
     def forget(n: int) -> None:
-        cold.encoder = encoder(loaded)
+        cold.encoder = Cached(encoder)
         with torch.no_grad():
             cold([asked[n]])
 
