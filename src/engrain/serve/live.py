@@ -48,7 +48,11 @@ class Live:
             observed.ended(self._how(), *self.used())
             tell(None)
 
-        self.job: Job = service.submit(prepared, tell)
+        try:
+            self.job: Job = service.submit(prepared, tell)
+        except Overloaded:
+            observed.ended("refused", 0, 0)
+            raise
         self.job.done.add_done_callback(ended)
 
     @classmethod

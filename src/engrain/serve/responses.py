@@ -119,7 +119,7 @@ class _Stored:
 
     def drop(self, tenant: str, id: str) -> None:
         """Raises `Refused`."""
-        del self[tenant, id].messages[:]
+        _ = self[tenant, id]
         del self._kept[id]
 
 

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from opentelemetry.trace import Span
 from pydantic import BaseModel, ConfigDict, Field
 
-from engrain.errors import InputError
+from engrain.errors import EngrainError, InputError
 from engrain.keys import Caller
 from engrain.rollout import Budget, rollout
 from engrain.serve.refused import Refused
@@ -111,8 +111,8 @@ class _Run:
                 yield _event({"type": "step", "id": self._id, "message": _plain(message)})
             try:
                 yield _event({"type": "done", **self._head(future.result())})
-            except InputError as error:
-                yield Refused(400, str(error)).event()
+            except EngrainError as error:
+                yield _refused(error).event()
             yield "data: [DONE]\n\n"
         finally:
             self._gone = True
@@ -123,8 +123,8 @@ class _Run:
             self._gone = self._gone or await request.is_disconnected()
         try:
             done = waiting.result()
-        except InputError as error:
-            raise Refused(400, str(error)) from error
+        except EngrainError as error:
+            raise _refused(error) from error
         except _Gone as error:
             raise Refused(499, "the caller went away") from error
         return self._head(done) | {"messages": [_plain(message) for message in done.messages]}
@@ -140,6 +140,10 @@ class _Run:
             "steps": done.steps,
             "usage": {"input_tokens": read, "output_tokens": written, "total_tokens": read + written},
         }
+
+
+def _refused(error: EngrainError) -> Refused:
+    return Refused(400, str(error)) if isinstance(error, InputError) else Refused(500, str(error), "server_error")
 
 
 def _plain(message: Message) -> dict[str, Any]:

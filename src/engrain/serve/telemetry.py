@@ -125,7 +125,7 @@ class Observed:
         self._telemetry._whole.observe(time.perf_counter() - self._began)
         self._span.set_attributes({"gen_ai.usage.input_tokens": read, "gen_ai.usage.output_tokens": written,
                                    "gen_ai.response.finish_reasons": (how,)})  # fmt: skip
-        if how in ("failed", "cancelled"):
+        if how in ("failed", "cancelled", "refused"):
             self._span.set_status(StatusCode.ERROR, how)
         self._span.end()
 
