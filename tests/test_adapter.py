@@ -22,6 +22,7 @@ from engrain.adapter import (
     load_peft,
     lora_delta,
     merge,
+    reduced,
     save_peft,
     scale,
     stack,
@@ -51,6 +52,16 @@ def test_the_one_line() -> None:
         expected = torch.einsum("ntd,nrd,nor->nto", x, a, b)
         torch.testing.assert_close(lora_delta(x, a, b, 8.0 * rank, 2 * rank), 4.0 * expected, rtol=1e-4, atol=1e-4)
         assert lora_delta(x.bfloat16(), a, b, 8.0, 2).dtype == torch.bfloat16
+
+
+def test_a_rank_above_a_sites_smaller_side_is_never_needed() -> None:
+    wide, tall, low = (Factors(torch.randn(2, rank, d_in), torch.randn(2, d_out, rank))
+                       for rank, d_in, d_out in ((9, 6, 4), (9, 4, 6), (2, 6, 4)))  # fmt: skip
+    whole = Adapter({"wide": wide, "tall": tall, "low": low}, 18.0, 9)
+    small = reduced(whole)
+    assert small.rank == 4 and small.factors["low"].a.shape == (2, 2, 6)
+    for site in whole.factors:
+        torch.testing.assert_close(delta_weight(small, site), delta_weight(whole, site))
 
 
 @peft_warns

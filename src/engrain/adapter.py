@@ -162,6 +162,23 @@ def unstack(adapters: Adapter) -> list[Adapter]:
     ]
 
 
+def reduced(adapter: Adapter) -> Adapter:
+    """The same adapter, to rounding, with no site's rank above its smaller side: more is never needed.
+
+    What many rules write side by side is often more. The product of the factors then takes the place of one of them,
+    and the identity that of the other.
+    """
+    factors: dict[str, Factors] = {}
+    for site, (a, b) in adapter.factors.items():
+        (rank, d_in), d_out = a.shape[-2:], b.shape[-2]
+        if rank > min(d_in, d_out):
+            one = torch.eye(min(d_in, d_out), dtype=a.dtype, device=a.device).expand(*a.shape[:-2], -1, -1)
+            a, b = (b @ a, one) if d_out <= d_in else (one, b @ a)
+        factors[site] = Factors(a, b)
+    rank = max(a.shape[-2] for a, _ in factors.values())
+    return Adapter(factors, adapter.alpha / adapter.rank * rank, rank)
+
+
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     """The closest adapter of `rank` (QR of both factors, SVD of the small core) and the share of energy lost.
 

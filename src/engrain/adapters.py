@@ -6,35 +6,33 @@ is kept is bit for bit what would be made anew, so the source must not be traine
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from functools import cache
-from typing import Generic, TypeVar
+from functools import lru_cache
 
 import torch
 
-from engrain.adapter import Adapter, unstack
+from engrain.adapter import Adapter, reduced, unstack
 from engrain.context import Context, Rule
 from engrain.hypernetwork import Hypernetwork, Terms
 from engrain.learned import LearnedSource
+from engrain.recent import Recent
 
-MOST_BYTES = 2**29
+MOST_BYTES = 2**30
 """Of adapters, and as much again of terms."""
-Value = TypeVar("Value", Adapter, Terms)
 
 
 class Adapters:
     """The same adapter for the same context, and what the source finds too strange for one."""
 
     def __init__(self, source: LearnedSource) -> None:
-        self._source, self._strange = source, cache(source.strange)
-        self._adapters, self._terms = _Recent[Adapter](), _Recent[Terms]()
+        self._source, self._strange = source, lru_cache(4096)(source.strange)
+        self._adapters, self._terms = Recent[Adapter](MOST_BYTES, _bytes), Recent[Terms](MOST_BYTES, _bytes)
 
     def __call__(self, context: Context) -> Adapter:
         name = context.digest()
         if name not in self._adapters:
-            self._adapters.keep(name, self._make(context))
-        return self._adapters(name)
+            self._adapters[name] = self._make(context)
+        return self._adapters[name]
 
     def strange(self, contexts: Iterable[Context]) -> str:
         """Why one of these should not be left to an adapter; empty if all may be."""
@@ -46,11 +44,11 @@ class Adapters:
 
     def forget(self, context: Context) -> bool:
         """Drop its adapter, not its rules' terms; whether there was one."""
-        return self._adapters.forget(context.digest())
+        return self._adapters.pop(context.digest())
 
     def kept(self) -> tuple[int, int]:
         """How many adapters are in memory, and their bytes."""
-        return len(self._adapters), self._adapters.bytes
+        return len(self._adapters), self._adapters.total
 
     @torch.no_grad()
     def _make(self, context: Context) -> Adapter:
@@ -61,47 +59,16 @@ class Adapters:
         else:
             made = source([context])
         (adapter,) = unstack(made)
-        return adapter
+        return reduced(adapter)
 
     def _of_rules(self, source: Hypernetwork, rules: Sequence[Rule]) -> list[Terms]:
         """Those that are not kept are made together."""
-        new = [rule for rule in rules if rule.digest not in self._terms]
-        made = {rule.digest: term for rule, term in zip(new, source.each(new) if new else (), strict=True)}
-        kept = {rule.digest: self._terms(rule.digest) for rule in rules if rule.digest not in made}
-        for digest, term in made.items():
-            self._terms.keep(digest, term)
-        return [(made | kept)[rule.digest] for rule in rules]
-
-
-class _Recent(Generic[Value]):
-    """The values used last, up to `MOST_BYTES` of them and at least one."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, Value] = OrderedDict()
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._kept
-
-    def forget(self, name: str) -> bool:
-        value = self._kept.pop(name, None)
-        self.bytes -= _bytes(value) if value is not None else 0
-        return value is not None
-
-    def __call__(self, name: str) -> Value:
-        """One that is kept."""
-        self._kept.move_to_end(name)
-        return self._kept[name]
-
-    def keep(self, name: str, value: Value) -> None:
-        self.forget(name)
-        self._kept[name] = value
-        self.bytes += _bytes(value)
-        while self.bytes > MOST_BYTES and len(self._kept) > 1:
-            self.bytes -= _bytes(self._kept.popitem(last=False)[1])
+        terms = {rule: self._terms[rule.digest] for rule in rules if rule.digest in self._terms}
+        new = [rule for rule in rules if rule not in terms]
+        terms |= zip(new, source.each(new) if new else (), strict=True)
+        for rule in new:
+            self._terms[rule.digest] = terms[rule]
+        return [terms[rule] for rule in rules]
 
 
 def _bytes(value: Adapter | Terms) -> int:

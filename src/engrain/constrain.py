@@ -20,7 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from engrain.errors import ModelError
+from engrain.recent import Recent
 
+MOST_GRAMMARS = 512
+"""That are kept; callers of a server bring tools of their own."""
 LARGE = 32768
 """Vocabularies beyond this have their masks computed in parallel."""
 
@@ -40,7 +43,7 @@ class Grammars:
         # Masks of a small vocabulary take microseconds: waking other threads costs more than it saves.
         threads = min(8, torch.get_num_threads()) if size > LARGE else 1
         self._executor = LLExecutor(num_threads=threads) if threads > 1 else None
-        self._compiled: dict[str, LLMatcher] = {}
+        self._compiled = Recent[LLMatcher](MOST_GRAMMARS)
 
     def matcher(self, grammar: str) -> LLMatcher:
         """A fresh walk of a Lark grammar. Raises `ModelError` if the grammar is malformed."""
@@ -49,6 +52,7 @@ class Grammars:
             if compiled.is_error():
                 raise ModelError(f"llguidance refuses the grammar: {compiled.get_error()}")
             self._compiled[grammar] = compiled
+            return compiled.deep_copy()
         return self._compiled[grammar].deep_copy()
 
     def allowed(

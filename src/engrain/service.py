@@ -197,7 +197,7 @@ class Service:
         path = self._profile(tenant)
         if path is not None:
             return self._workflow.with_tenant(replace(read_section(path), name=tenant))
-        if tenant not in self._workflow.tenants:
+        if tenant not in self._workflow.tenants and (tenant or self._workflow.tenants):
             raise InputError(f"unknown tenant {tenant!r}; add its profile to the directory given with --tenants")
         return self._workflow
 
