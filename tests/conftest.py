@@ -86,6 +86,17 @@ def agent(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
+def hyper_agent(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library compiled to a hypernetwork, hardly trained."""
+    from engrain.compile import CompileConfig, compile_workflow
+
+    out = tmp_path_factory.mktemp("hyper_agent") / "agent"
+    config = CompileConfig(tokens=3000, to="hypernetwork", rank=2, batch_tokens=1024)
+    compile_workflow(library, out, config, data=runs, base=tiny_base)
+    return out
+
+
+@pytest.fixture(scope="session")
 def desk() -> Workflow:
     from serving import DESK
 

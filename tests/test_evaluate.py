@@ -11,7 +11,6 @@ import pytest
 
 from engrain.adapters import Adapters
 from engrain.agent import load_agent
-from engrain.compile import CompileConfig, compile_workflow
 from engrain.context import Context
 from engrain.errors import InputError
 from engrain.evaluate import Arm, Plan, agent_arms, default_arms, evaluate
@@ -118,11 +117,10 @@ def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path, monke
 
 
 def test_a_hypernetwork_is_measured_under_other_contexts_too(
-    library: Path, runs: Path, tiny_base: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hyper_agent: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 780)
-    config = CompileConfig(tokens=3000, to="hypernetwork", rank=2, batch_tokens=1024)
-    made = compile_workflow(library, tmp_path / "agent", config, data=runs, base=tiny_base)
+    made = load_agent(hyper_agent)
     names = default_arms(made, None)
     assert names == ["base", "prompt", "hypernetwork", "another", "shuffled", "empty"]
     read: dict[str, list[Context]] = {}

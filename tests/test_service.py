@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from engrain.agent import load_agent
-from engrain.compile import CompileConfig, compile_workflow
 from engrain.errors import InputError, Overloaded
 from engrain.policy import Episode
 from engrain.service import Asked, Prepared, Service
@@ -28,13 +27,8 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(
-    library: Path, runs: Path, tiny_base: Path, tenants: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
-    out = tmp_path_factory.mktemp("agent") / "agent"
-    config = CompileConfig(tokens=3000, to="hypernetwork", rank=2, batch_tokens=1024)
-    compile_workflow(library, out, config, data=runs, base=tiny_base)
-    service = Service(load_agent(out), load_workflow(library), tenants, parallel=2)
+def service(library: Path, hyper_agent: Path, tenants: Path) -> Iterator[Service]:
+    service = Service(load_agent(hyper_agent), load_workflow(library), tenants, parallel=2)
     yield service
     service.close()
 

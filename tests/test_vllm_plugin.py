@@ -14,21 +14,12 @@ import torch
 from engrain.adapter import delta_weight, load_peft
 from engrain.adapters import Adapters
 from engrain.agent import load_agent
-from engrain.compile import CompileConfig, compile_workflow
 from engrain.context import Context
 from engrain.context_files import read_section
 from engrain.errors import InputError
 from engrain.vllm_plugin import Emitter, from_environment, register
 
 PROFILE = "- lend nothing on Sundays\n- lend for {days} days\n"
-
-
-@pytest.fixture(scope="module")
-def compiled(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("agent") / "agent"
-    config = CompileConfig(tokens=3000, to="hypernetwork", rank=2, batch_tokens=1024)
-    compile_workflow(library, out, config, data=runs, base=tiny_base)
-    return out
 
 
 @pytest.fixture
@@ -38,8 +29,8 @@ def tenants(tmp_path: Path) -> Path:
     return tmp_path / "tenants"
 
 
-def test_a_name_is_the_adapter_of_the_profile_as_it_is_now(compiled: Path, tenants: Path, tmp_path: Path) -> None:
-    emit = Emitter(load_agent(compiled), tenants, tmp_path / "out", rank=64)
+def test_a_name_is_the_adapter_of_the_profile_as_it_is_now(hyper_agent: Path, tenants: Path, tmp_path: Path) -> None:
+    emit = Emitter(load_agent(hyper_agent), tenants, tmp_path / "out", rank=64)
     path = emit("library/east")
     assert path is not None and emit("library/east") == path
     context = Context((read_section(tenants / "east.md"),))
@@ -55,22 +46,23 @@ def test_a_name_is_the_adapter_of_the_profile_as_it_is_now(compiled: Path, tenan
     assert changed is not None and changed != path
     assert emit(f"library/east@{digest[:8]}") is None
     before = {file: file.stat().st_mtime_ns for file in changed.iterdir()}
-    again = Emitter(load_agent(compiled), tenants, tmp_path / "out", rank=64)("library/east")
+    again = Emitter(load_agent(hyper_agent), tenants, tmp_path / "out", rank=64)("library/east")
     assert again == changed and {file: file.stat().st_mtime_ns for file in changed.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["library", "library/", "library/west", "other/east", "library/../tenants/east", "library/east@", "library/east@zz",
-     "library/.east", "/library/east", "library/east/", "library/east\n", "library/east@12345678"],
-)  # fmt: skip
-def test_any_other_name_means_nothing(compiled: Path, tenants: Path, tmp_path: Path, name: str) -> None:
-    assert Emitter(load_agent(compiled), tenants, tmp_path / "out")(name) is None
+def test_any_other_name_means_nothing(hyper_agent: Path, tenants: Path, tmp_path: Path) -> None:
+    emit = Emitter(load_agent(hyper_agent), tenants, tmp_path / "out")
+    for name in (
+        "library", "library/", "library/west", "other/east", "library/../tenants/east", "library/east@",
+        "library/east@zz", "library/.east", "/library/east", "library/east/", "library/east\n",
+        "library/east@12345678",
+    ):  # fmt: skip
+        assert emit(name) is None, name
     assert not (tmp_path / "out").exists()
 
 
 def test_vllm_gets_a_request_or_nothing(
-    compiled: Path, tenants: Path, tiny_base: Path, agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hyper_agent: Path, tenants: Path, tiny_base: Path, agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolvers: dict[str, Any] = {}
     registry = SimpleNamespace(register_resolver=resolvers.__setitem__)
@@ -85,7 +77,7 @@ def test_vllm_gets_a_request_or_nothing(
     monkeypatch.delenv("ENGRAIN_AGENT", raising=False)
     with pytest.raises(InputError, match="ENGRAIN_AGENT is not set"):
         from_environment()
-    settings = {"AGENT": compiled, "TENANTS": tenants, "ADAPTERS": tmp_path / "adapters"}
+    settings = {"AGENT": hyper_agent, "TENANTS": tenants, "ADAPTERS": tmp_path / "adapters"}
     for name, value in settings.items():
         monkeypatch.setenv(f"ENGRAIN_{name}", str(value))
     register()
