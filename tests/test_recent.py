@@ -15,6 +15,7 @@ def test_it_is_bounded_by_size_and_keeps_what_was_used_last() -> None:
     assert kept.total == 3
     kept["d"] = "much too large"
     assert len(kept) == 1 and kept["d"] and kept.total == 14
+    assert kept.get("d", "") == kept["d"] and kept.get("a", "none") == "none"
     assert kept.pop("d") and not kept.pop("d") and kept.total == 0
     with pytest.raises(KeyError):
         kept["d"]

@@ -54,13 +54,8 @@ class Policy(Protocol):
         ...
 
 
-class ScriptTeacher:
-    """The workflow's own teacher, state -> action."""
-
-    name = "script"
-
-    def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
+class OneByOne:
+    """A policy that answers for each episode by itself, and keeps nothing of it."""
 
     def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
         return [self._turn(episode) for episode in episodes]
@@ -69,13 +64,25 @@ class ScriptTeacher:
         pass
 
     def _turn(self, episode: Episode) -> Message | Exception:
+        raise NotImplementedError
+
+
+class ScriptTeacher(OneByOne):
+    """The workflow's own teacher, state -> action."""
+
+    name = "script"
+
+    def __init__(self, workflow: Workflow) -> None:
+        self.workflow = workflow
+
+    def _turn(self, episode: Episode) -> Message | Exception:
         try:
             return self.workflow.teacher(episode.task, episode.trajectory.messages)
         except Exception as error:
             return error
 
 
-class ReplayTeacher:
+class ReplayTeacher(OneByOne):
     """Says again what the log of the same task says, turn by turn, whatever the tools answer this time.
 
     A successful log is preferred over a failed one. Whether the actions still reach the goal, the goal check tells.
@@ -92,12 +99,6 @@ class ReplayTeacher:
                 self._turns[trajectory.task] = [turn for turn in trajectory.messages if turn.role == "assistant"]
             if success:
                 succeeded.add(trajectory.task)
-
-    def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
-        return [self._turn(episode) for episode in episodes]
-
-    def finish(self, episode: Episode, /) -> None:
-        pass
 
     def _turn(self, episode: Episode) -> Message | Exception:
         turns = self._turns.get(episode.task.id)

@@ -27,6 +27,11 @@ class Recent(Generic[Value]):
         self._kept.move_to_end(name)
         return self._kept[name]
 
+    def get(self, name: str, default: Value) -> Value:
+        if name not in self._kept:
+            return default
+        return self[name]
+
     def __setitem__(self, name: str, value: Value) -> None:
         self.pop(name)
         self._kept[name] = value

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from engrain.context_files import read_section
 from engrain.engine import Engine
 from engrain.errors import InputError
 from engrain.policy import Episode
+from engrain.recent import Recent
 from engrain.scheduler import Job, Scheduler
 from engrain.task import Task
 from engrain.tool import Tool
@@ -90,7 +90,7 @@ class Service:
         self.renderer = agent.renderer
         self._engine = open_engine(base.model, self.renderer, parallel)
         self._scheduler = Scheduler(self._engine, most_waiting)
-        self._written: OrderedDict[str, Message] = OrderedDict()
+        self._written = Recent[Message](MOST_REMEMBERED)
         self._lock = Lock()
 
     @property
@@ -150,8 +150,6 @@ class Service:
             kept = message.model_copy(update={"token_ids": completion.ids})
             with self._lock:
                 self._written[_name(prepared.tenant, prepared.asked.messages, message)] = kept
-                while len(self._written) > MOST_REMEMBERED:
-                    self._written.popitem(last=False)
         return message
 
     def policy(self, tenant: str, workflow: Workflow) -> CompiledPolicy:
@@ -224,10 +222,7 @@ class Service:
         if message.role != "assistant":
             return message
         name = _name(tenant, messages[:at], message)
-        if (kept := self._written.get(name)) is None:
-            return message
-        self._written.move_to_end(name)
-        return kept
+        return self._written.get(name, message)
 
 
 class _Shared:

@@ -62,7 +62,6 @@ class AgentModel(ModelAPI):
     ) -> ModelOutput:
         if config.stop_seqs or config.num_choices not in (None, 1):
             raise InputError("stop sequences and several choices are not taken; leave them out")
-        one = tool_choice.name if isinstance(tool_choice, ToolFunction) else ""
         own = dict(config.extra_body or {})
         given = [as_tool(tool.model_dump(exclude_none=True)) for tool in tools]
         if "tools" in own:  # of its own workflow: their schemas say more than Inspect's can
@@ -70,10 +69,10 @@ class AgentModel(ModelAPI):
         asked = Asked(
             [from_inspect(message) for message in input],
             given,
-            "must not" if one else _ANSWER[tool_choice] if isinstance(tool_choice, str) else "may",
+            "must not" if isinstance(tool_choice, ToolFunction) else _ANSWER[tool_choice],
             config.max_tokens or LONGEST_TURN,
             Sampling(config.temperature or 0.0, config.top_p or 1.0, config.seed or 0),
-            one,
+            tool_choice.name if isinstance(tool_choice, ToolFunction) else "",
             self._workflow.tools if "tools" in own else (),
         )
         prepared = await asyncio.to_thread(self._service.prepare, str(own.get("tenant", self._tenant)), asked)

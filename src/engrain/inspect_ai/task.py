@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from inspect_ai.tool import ToolInfo
 
 from engrain.errors import EngrainError
 from engrain.inspect_ai.messages import from_inspect, to_inspect
-from engrain.policy import Episode
+from engrain.policy import Episode, OneByOne
 from engrain.rollout import UNTIMED, rollout
 from engrain.task import Task as WorkflowTask
 from engrain.trajectory import Message
@@ -86,19 +85,13 @@ def goal() -> Scorer:
     return score
 
 
-class ModelPolicy:
+class ModelPolicy(OneByOne):
     """A model of Inspect's as a policy; called from a thread that Inspect's event loop started."""
 
     def __init__(self, model: Model) -> None:
         self.name, self._model = str(model), model
         self.broken: Exception | None = None
         """What kept the model from answering, unless that was a limit of the model itself."""
-
-    def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
-        return [self._turn(episode) for episode in episodes]
-
-    def finish(self, episode: Episode, /) -> None:
-        pass
 
     def _turn(self, episode: Episode) -> Message | Exception:
         try:

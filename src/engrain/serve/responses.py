@@ -1,13 +1,12 @@
 """`/v1/responses`. A conversation goes on with `previous_response_id`: the last `MOST_STORED` responses are kept, in
 memory, each for its own tenant; with `store: false` it is not. Not taken, and refused: tools of other kinds than
-functions, running in the background, structured output."""
+functions, running in the background, structured output. Not counted, and told as 0: cached and reasoning tokens."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from engrain.formats.calls import tools_text
 from engrain.formats.node import Node
 from engrain.formats.responses import read_items
 from engrain.keys import Caller
+from engrain.recent import Recent
 from engrain.serve.chat import answer_under
 from engrain.serve.items import Written, items_of
 from engrain.serve.live import Ended, Live
@@ -97,40 +97,20 @@ class _Kept:
     response: dict[str, Any]
 
 
-class _Stored:
-    """Responses by id, those used last."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
-
-    def __getitem__(self, asked: tuple[str, str]) -> _Kept:
-        """Of a tenant and an id. Raises `Refused`; another tenant's does not exist."""
-        tenant, id = asked
-        kept = self._kept.get(id)
-        if kept is None or kept.tenant != tenant:
-            raise Refused(404, f"no response {id!r} is stored here", code="response_not_found")
-        self._kept.move_to_end(id)
-        return kept
-
-    def put(self, id: str, kept: _Kept) -> None:
-        self._kept[id] = kept
-        while len(self._kept) > MOST_STORED:
-            self._kept.popitem(last=False)
-
-    def drop(self, tenant: str, id: str) -> None:
-        """Raises `Refused`."""
-        _ = self[tenant, id]
-        del self._kept[id]
-
-
 def routes(server: Server) -> APIRouter:
-    router, stored = APIRouter(), _Stored()
+    router, stored = APIRouter(), Recent[_Kept](MOST_STORED)
     known = Depends(server.caller)
+
+    def own(caller: Caller, id: str) -> _Kept:
+        """Raises `Refused`; another tenant's does not exist."""
+        if id not in stored or stored[id].tenant != caller.tenant:
+            raise Refused(404, f"no response {id!r} is stored here", code="response_not_found")
+        return stored[id]
 
     @router.post("/v1/responses", response_model=None)
     async def create(body: ResponsesRequest, request: Request, caller: Caller = known) -> Response:
         previous = body.previous_response_id
-        before = stored[caller.tenant, previous].messages if previous else []
+        before = own(caller, previous).messages if previous else []
         said: list[Message] = []
 
         def asked() -> Asked:
@@ -142,7 +122,7 @@ def routes(server: Server) -> APIRouter:
 
         def ended(response: dict[str, Any], message: Message) -> None:
             if body.store is not False:
-                stored.put(answer.id, _Kept(caller.tenant, [*said, message], response))
+                stored[answer.id] = _Kept(caller.tenant, [*said, message], response)
 
         if body.stream:
             events = answer.events(ended)
@@ -154,11 +134,12 @@ def routes(server: Server) -> APIRouter:
 
     @router.get("/v1/responses/{id}")
     async def retrieve(id: str, caller: Caller = known) -> dict[str, Any]:
-        return stored[caller.tenant, id].response
+        return own(caller, id).response
 
     @router.delete("/v1/responses/{id}")
     async def delete(id: str, caller: Caller = known) -> dict[str, Any]:
-        stored.drop(caller.tenant, id)
+        own(caller, id)
+        stored.pop(id)
         return {"id": id, "object": "response", "deleted": True}
 
     return router
