@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,6 +148,30 @@ def test_a_key_meets_the_state_that_the_base_read_the_rule_in() -> None:
     met = keys @ (states - states.mean(dim=0)).T
     assert 0.6 < met.diagonal().mean() < 1.1
     assert (met - met.diagonal().diag()).abs().mean() < 0.2
+
+
+def test_keys_follow_their_weights_whenever_these_change() -> None:
+    states, after, seen = (torch.randn(5, width) for width in (8, 4, 16))
+    heads = Associations({"x": (8, 5)}, {"x": 8}, read=4, width=16).eval()
+
+    def keys() -> Tensor:
+        """As kept from the first call on; the same as they are when something is to be learnt."""
+        with torch.no_grad():
+            kept = heads([states], after, seen)["x"].a.clone()
+        assert torch.equal(kept, heads([states], after, seen)["x"].a)
+        return kept
+
+    found = [keys(), keys()]
+    with torch.no_grad():
+        for parameter in (heads.turns["x"], heads.get_parameter("keys.x.weight")):
+            parameter.add_(torch.randn(parameter.shape))
+            found.append(keys())
+    heads.whiten([torch.randn(50, 8) * torch.arange(1, 9)])
+    found.append(keys())
+    heads.load_state_dict({name: torch.randn_like(value) for name, value in heads.state_dict().items()})
+    found.append(keys())
+    assert torch.equal(found[0], found[1])
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(found[1:]))
 
 
 def test_a_context_without_rules_has_the_shared_term_only() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ WHITENING_RIDGE = 0.05
 """Added to each variance, as a share of the mean variance."""
 TURNING, STRENGTH = 0.3, 0.25
 """What a step of Adam moves: so much of how keys are turned, and of how strongly they act."""
+KeyMaps = tuple[Float[Tensor, "width d_in"], Float[Tensor, "d_in d_in"] | None]
 
 
 class Attention(nn.Module):
@@ -167,6 +168,7 @@ class Associations(nn.Module):
         self.gate = nn.Linear(width, len(sites))
         nn.init.zeros_(self.gate.weight)
         self.strength = nn.Parameter(torch.zeros(len(sites)))
+        self._maps: dict[str, tuple[list[tuple[int, int]], KeyMaps]] = {}
 
     @torch.no_grad()
     def whiten(self, inputs: Sequence[Float[Tensor, "tokens _"]]) -> None:
@@ -189,15 +191,38 @@ class Associations(nn.Module):
         gates = 2 * self.gate(seen).sigmoid() * self.strength * STRENGTH
         factors = {}
         for n, (site, (d_in, _)) in enumerate(self.sites.items()):
-            name = parameter_name(site)
-            key = self.keys[name](seen) * seen.shape[-1] ** -0.5
-            if site in known:
-                whitening = self.get_buffer(f"whitening/{name}")
-                own = (known[site] - self.get_buffer(f"mean/{name}")) @ whitening
-                key = (own + TURNING * own @ self.turns[name] + key) @ whitening
-            value = self.values[name](torch.cat([after, seen], dim=-1)) * gates[:, n, None]
+            from_seen, from_own = self._key_maps(site)
+            key = seen @ from_seen
+            if from_own is not None:
+                key = key + (known[site] - self.get_buffer(f"mean/{parameter_name(site)}")) @ from_own
+            value = self.values[parameter_name(site)](torch.cat([after, seen], dim=-1)) * gates[:, n, None]
             factors[site] = Factors(key / d_in, value.mT)
         return factors
+
+    def _key_maps(self, site: str) -> KeyMaps:
+        """How keys come from what was seen and from what the site takes in: whitened, turned and whitened again, all
+        in one matrix. Where nothing is learnt, they are kept for as long as they are made of the same numbers."""
+        name = parameter_name(site)
+        parts = [cast(nn.Linear, self.keys[name]).weight]
+        if site in self.known:
+            parts += [self.get_buffer(f"whitening/{name}"), self.turns[name]]
+        if torch.is_grad_enabled():
+            return _key_maps(*parts)
+        made_of = [(part.data_ptr(), part._version) for part in parts]
+        if self._maps.get(site, ([],))[0] != made_of:
+            self._maps[site] = made_of, _key_maps(*parts)
+        return self._maps[site][1]
+
+
+def _key_maps(
+    weight: Float[Tensor, "d_in width"],
+    whitening: Float[Tensor, "d_in d_in"] | None = None,
+    turn: Float[Tensor, "d_in d_in"] | None = None,
+) -> KeyMaps:
+    from_seen = weight.mT * weight.shape[1] ** -0.5
+    if whitening is None or turn is None:
+        return from_seen, None
+    return from_seen @ whitening, whitening @ (whitening + TURNING * turn @ whitening)
 
 
 def residual_mlp(width: int) -> nn.Sequential:
