@@ -1,0 +1,83 @@
+"""What ways of adapting an agent cost in all, and after how many requests one has paid for another.
+
+Costs are CPU seconds, which also stand for energy: before the first request, after each change of a rule, and for each
+request. Invariant: a way is never picked for its price if it was shown to succeed less often than another.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from engrain.errors import InputError
+from engrain.score import paired_difference
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Of this process and of those that it has waited for."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way, as measured: CPU seconds `once`, for each `change` of a rule and for each `request`."""
+
+    name: str
+    once: float
+    change: float
+    request: float
+    successes: Mapping[str, float]
+    """By task: a share of its runs. All methods met the same tasks."""
+
+    def total(self, requests: float, changes: float = 0.0) -> float:
+        """CPU seconds for so many requests and changes."""
+        return self.once + self.change * changes + self.request * requests
+
+
+@contextmanager
+def spending() -> Iterator[Callable[[], Spent]]:
+    """Counts from here on; what it says after the block is what the block spent."""
+    began, cpu, ended = time.perf_counter(), _cpu_seconds(), list[Spent]()
+
+    def spent() -> Spent:
+        return ended[0] if ended else Spent(time.perf_counter() - began, _cpu_seconds() - cpu)
+
+    try:
+        yield spent
+    finally:
+        ended.append(spent())
+
+
+def break_even(usual: Method, other: Method, changes_per_request: float = 0.0) -> float:
+    """Requests from which on `other` has cost no more than `usual`: 0 if from the first, infinity if never for good."""
+    dearer = other.once - usual.once
+    saved = usual.request - other.request + (usual.change - other.change) * changes_per_request
+    if dearer <= 0 and saved >= 0:
+        return 0.0
+    return dearer / saved if dearer > 0 and saved > 0 else math.inf
+
+
+def pick(methods: Sequence[Method], requests: float, changes: float = 0.0, *, seed: int = 0) -> Method:
+    """The cheapest of those that were not shown to succeed less often than the best. Raises `InputError` for none."""
+    if not methods:
+        raise InputError("no method to pick from; measure at least one arm")
+    best = max(methods, key=lambda one: sum(one.successes.values()))
+    good = [one for one in methods if not _worse(one, best, seed)]
+    return min(good, key=lambda one: one.total(requests, changes))
+
+
+def _worse(method: Method, best: Method, seed: int) -> bool:
+    """Whether the whole interval of the difference lies below 0."""
+    return paired_difference(method.successes, best.successes, seed=seed).high < 0
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
