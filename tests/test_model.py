@@ -105,16 +105,20 @@ def test_a_batch_of_adapters_equals_each_alone() -> None:
             torch.testing.assert_close(got, model(row[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("widest", [0, 10_000])
-def test_over_a_packed_stream_each_adapter_acts_on_its_own_span(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("widest", "alike"), [(0, False), (10_000, False), (0, True)])
+def test_over_a_packed_stream_each_adapter_acts_on_its_own_span(
+    widest: int, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model_module, "WIDEST_PADDED", widest)
     model, rows = tiny("llama"), random_rows(5)
+    rows = [*rows[:3], *rows[2::-1]] if alike else rows
     own = [trained_like(model, seed=seed) for seed in (1, 2)]
     both = Adapter(
         {site: Factors(*(torch.stack(pair) for pair in zip(*(one.factors[site] for one in own), strict=True)))
          for site in own[0].factors}, own[0].alpha, own[0].rank,
     )  # fmt: skip
     spans = [sum(len(row.ids) for row in part) for part in (rows[:3], rows[3:])]
+    assert (spans[0] == spans[1]) == alike
     with attention(model, PACKED), torch.no_grad():
         with adapted(model, both, spans):
             together = packed_hidden(model, collate(rows))

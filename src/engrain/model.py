@@ -136,9 +136,9 @@ def taken_in(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
 def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> Iterator[None]:
     """Within the block, every forward of the model has the adapter's term added at its sites.
 
-    A batch of adapters over a packed stream has each of them act on its own `spans`, in tokens: the stream is cut, or
-    padded where all spans are short, and the factors are not copied. Run `backward` inside the block too: gradient
-    checkpointing replays the forward.
+    A batch of adapters over a packed stream has each of them act on its own `spans`, in tokens: the stream is folded
+    where all spans are alike, padded where all are short, and else cut; the factors are not copied. Run `backward`
+    inside the block too: gradient checkpointing replays the forward.
     """
     handles = []
     short = spans and max(spans) <= WIDEST_PADDED
@@ -147,7 +147,9 @@ def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> It
         for site, (a, b) in adapter.factors.items():
             layer = _fitting(model, site, (a.shape[-1], b.shape[-2]))
             delta = partial(lora_delta, a=a, b=b, alpha=adapter.alpha, rank=adapter.rank)
-            if a.dim() == 3 and padding is not None:
+            if a.dim() == 3 and len(set(spans)) == 1:
+                delta = partial(_folded_delta, delta, len(spans))
+            elif a.dim() == 3 and padding is not None:
                 delta = partial(_padded_delta, delta, *padding)
             elif a.dim() == 3 and spans:
                 deltas = [partial(delta, a=own_a, b=own_b) for own_a, own_b in zip(a, b, strict=True)]
@@ -250,6 +252,10 @@ def _add(delta: Delta, module: nn.Module, inputs: tuple[Tensor, ...], output: Te
 
 def _cut_delta(deltas: Sequence[Delta], spans: Sequence[int], x: Float[Tensor, "1 tokens d_in"]) -> Tensor:
     return torch.cat([delta(part) for delta, part in zip(deltas, x.split(list(spans), dim=1), strict=True)], dim=1)
+
+
+def _folded_delta(delta: Delta, spans: int, x: Float[Tensor, "1 tokens d_in"]) -> Tensor:
+    return delta(x.view(spans, -1, x.shape[-1])).flatten(0, 1)[None]
 
 
 def _padding(spans: Sequence[int], device: torch.device) -> tuple[Int[Tensor, "spans widest"], Int[Tensor, " tokens"]]:
