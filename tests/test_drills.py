@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from worlds.clerk import up_to
+from worlds.clerk import mark, up_to
 from worlds.drills import drills
 from worlds.english import English
 
@@ -23,7 +23,7 @@ def drilled():
         if drill.kind != "calls":
             system, asked, answer = (message.content for message in drill.messages)
             by_kind.setdefault(drill.kind, []).append((system, asked, answer))
-    assert set(by_kind) == {"decide", "route", "steps", "rules", "compare", "repeat"}
+    assert set(by_kind) == {"decide", "route", "steps", "rules", "compare", "repeat", "results"}
     return by_kind
 
 
@@ -67,6 +67,15 @@ def test_items_are_routed_by_words_that_they_share_with_the_index_and_said_again
             assert cue.split()[0].strip(",").lower() in item.lower()
             titles.add(f"{item.split()[0]} now: {route}")
         assert set(lines[len(items) :]) == titles
+
+
+def test_results_are_put_together_in_the_order_of_their_items(drilled):
+    for _, asked, answer in drilled["results"]:
+        noted = [line for line in asked.splitlines() if re.match(r"\([a-z]+\)\. ", line)]
+        lines = answer.splitlines()
+        assert sorted(noted) == sorted(lines) and len(lines) >= 6
+        assert [line.split(".")[0] for line in lines] == [mark(place) for place in range(len(lines))]
+        assert noted != lines
 
 
 def test_decisions_quote_the_manual_and_the_records(drilled):

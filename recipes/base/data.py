@@ -53,7 +53,7 @@ STAGES = (
     Stage(
         "anneal",
         8,
-        drills=0.2,
+        drills=0.35,
         depths=Depths(full=0.6, part=0.3, small=0.3, many=0.3, long=0.6, faults=0.3, disguised=DISGUISED),
         lr=0.5,
         final=0.05,

@@ -3,7 +3,8 @@
 A trajectory routes a request once, compares two numbers once or twice and looks up a handful of rules, among hundreds
 of tokens that are easy by then. A drill is nothing but that: items routed to their procedures, steps decided, steps and
 rules found by their names, numbers and dates compared, or a text repeated, which meets words of the vocabulary that no
-workflow uses: an embedding that is never trained is lost to every adapter on top. Or notes are followed by their calls.
+workflow uses: an embedding that is never trained is lost to every adapter on top. Results are put together into an
+answer. Or notes are followed by their calls.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engrain.errors import ToolFailure
 from engrain.task import Task
 from engrain.trajectory import Message, Trajectory
 from worlds.catalogue import TRAINED, family
-from worlds.clerk import Clerk, mark, plan, request, title
+from worlds.clerk import Clerk, expected, mark, plan, request, title
 from worlds.disguise import DISGUISED, disguised
 from worlds.drawing import KINDS, draw
 from worlds.english import NONE, English
@@ -38,8 +39,10 @@ CALLS = 0.1
 ROUTED_IN_OTHER_WORDS = 0.8
 """Share of drills in routing that are in other words; a family's own are learnt by heart in place of looking."""
 
-ROUTED = ((6, 16), (6, 16), (16, 40))
+ROUTED = ((6, 16), (6, 16), (16, 56))
 """Items in a drill in routing, one range or another."""
+ANSWERED = ((6, 20), (20, 56))
+"""Items in a drill in results, one range or the other."""
 MOST_CALLS = 12
 
 Drill = tuple[str, str, str]
@@ -93,6 +96,7 @@ def drills(
         "rules": (2, lambda: rules(desk(ruled))),
         "compare": (1, lambda: compare(rng, english)),
         "repeat": (2, lambda: repeat(rng, english)),
+        "results": (3, lambda: results(desk((2, 6)))),
     }
     for number in range(count):
         name = f"drill-{seed}-{number}"
@@ -293,6 +297,18 @@ def _ruled(desk: Desk, places: Sequence[tuple[Known, Sequence[str]]]) -> Drill:
         "\n".join([f"Rules: {'; '.join(asked)}", *records]),
         "\n".join(lines),
     )
+
+
+def results(desk: Desk) -> Drill:
+    """What came of many items, noted in any order, then their answer: results that begin alike are told apart by
+    their items. Nothing if the request ends before its items."""
+    task = desk.task(desk.rng.randint(*desk.rng.choice(ANSWERED)))
+    _, answer = expected(desk.world, task)
+    items, lines = task.goal["items"], answer.split("\n")
+    if len(lines) < len(items):
+        return "", "", ""
+    notes = [f"{title(desk.world, place, items[place])}\n{line}" for place, line in enumerate(lines)]
+    return "You practise.", "\n".join(["Results:", *desk.rng.sample(notes, len(notes))]), answer
 
 
 def compare(rng: random.Random, english: English = NONE) -> Drill:

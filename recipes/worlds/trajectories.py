@@ -41,7 +41,7 @@ class Depths:
     many: float = 0.15
     """Share of tasks with 4 to 9 items."""
     long: float = 0.0
-    """Share of tasks with 10 to 32."""
+    """Share of tasks with 10 to 44."""
     per_world: int = 6
     disguised: float = 0.0
     """Share of worlds that are in other words than their family's, but for those that come back."""
@@ -108,7 +108,7 @@ def _cases(
         flow = workflow(world, rules)
         for turn in range(min(depths.per_world, count - made)):
             tenant = list(rules)[turn % len(rules)]
-            few, many, long = rng.choice((1, 1, 2, 3)), rng.randint(4, 9), rng.randint(10, 32)
+            few, many, long = rng.choice((1, 1, 2, 3)), rng.randint(4, 9), rng.randint(10, 44)
             items = rng.choices((few, many, long), (1 - depths.many - depths.long, depths.many, depths.long))[0]
             faults = rng.choice((1, 1, 2)) if rng.random() < depths.faults else 0
             task = make_task(
