@@ -231,6 +231,7 @@ def test_bad_files(library: Path, runs: Path, tiny_base: Path, agent: Path, tmp_
     assert "unknown split" in refused(capsys, "run", agent, "--sample", 1, "--split", "nowhere")
     assert "--workflow" in refused(capsys, "run", agent, "hello", "--workflow", tmp_path / "gone")
     assert "unknown arm" in refused(capsys, "eval", agent, "--arms", "magic", "-o", tmp_path / "report")
+    assert "give --temperature" in refused(capsys, "eval", agent, "--trials", 4, "-o", tmp_path / "report")
     assert "URL" in refused(capsys, "record", library, "-o", tmp_path / "r.jsonl", "--teacher", "socrates")
     assert "--model" in refused(
         capsys, "record", library, "-o", tmp_path / "r.jsonl", "--teacher", "http://localhost:1"

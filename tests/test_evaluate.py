@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,106 @@ def test_another_evaluation_is_not_mixed_in(workflow: Workflow, tmp_path: Path) 
         evaluate(workflow, [replace(arm, digest="new") for arm in arms(workflow, [])], PLAN, tmp_path)
     with pytest.raises(InputError, match="unknown split 'nowhere'; 'library' has train, held_out"):
         evaluate(workflow, arms(workflow, []), replace(PLAN, splits=("nowhere",)), tmp_path / "other")
+
+
+class Wavering(ScriptTeacher):
+    """Does as the teacher does where a draw of the task and the seed allows, else stays silent."""
+
+    def __init__(self, workflow: Workflow, seed: int = 0) -> None:
+        super().__init__(workflow)
+        self.seed = seed
+
+    def sampled(self, temperature: float, seed: int) -> Wavering:
+        return Wavering(self.workflow, seed)
+
+    def _turn(self, episode: Episode) -> Message | Exception:
+        if random.Random(f"{episode.task.id} {self.seed}").random() < 0.3:
+            return Message(role="assistant", content="Hm.")
+        return super()._turn(episode)
+
+
+def test_trials_are_the_same_tasks_with_other_seeds(workflow: Workflow, tmp_path: Path) -> None:
+    plan = replace(PLAN, trials=4, temperature=0.7)
+    wavering = [Arm(name, "none", name, lambda parallel: Wavering(workflow)) for name in ("prompt", "lora")]
+    report = evaluate(workflow, wavering, plan, tmp_path)
+    runs = list(read_trajectories(tmp_path / "lora.held_out.jsonl"))
+    assert len(runs) == 4 * 12 and len({run.id for run in runs}) == 4 * 12
+    by_trial = {n: {run.task for run in runs if run.meta["trial"] == n} for n in "1234"}
+    assert all(tasks == by_trial["1"] and len(tasks) == 12 for tasks in by_trial.values())
+    found = report.cells["lora"]["held_out"].score
+    assert (found.tasks, found.trials, list(found.pass_k)) == (12, 4, [1, 2, 4])
+    assert 0 < found.pass_k[4].mean < found.pass_k[2].mean < found.success.mean == found.pass_k[1].mean < 1
+    assert report.headings[3:5] == ("pass^2 % [95%]", "pass^4 % [95%]")
+    assert len(report.rows()[0]) == len(report.headings)
+    assert report.differences["lora"]["held_out"].mean == 0  # both arms drew alike
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["cells"]["lora"]["held_out"]["score"]["pass_k"]["4"]["mean"] == found.pass_k[4].mean
+    text = (tmp_path / "report.md").read_text()
+    assert "temperature 0.7, 4 trials a task" in text and report.rows()[0][3] in text
+    assert evaluate(workflow, wavering, plan, tmp_path).rows() == report.rows()
+    once = evaluate(workflow, arms(workflow, []), PLAN, tmp_path / "once")
+    assert not any("pass^" in heading for heading in once.headings)
+    assert "trial" not in next(read_trajectories(tmp_path / "once" / "lora.held_out.jsonl")).meta
+
+
+def test_trials_need_a_temperature(workflow: Workflow, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="4 trials at temperature 0 are the same run 4 times"):
+        replace(PLAN, trials=4)
+    with pytest.raises(InputError, match="arm 'prompt' cannot be sampled"):
+        evaluate(workflow, arms(workflow, []), replace(PLAN, trials=2, temperature=0.7), tmp_path)
+
+
+def test_an_agent_draws_other_tokens_in_each_trial(
+    agent: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 160)
+    plan = Plan(("held_out",), 1, 0, 3, 2, Budget(steps=1), trials=2, temperature=1.0)
+    tokens = []
+    for name in "ab":
+        evaluate(workflow, agent_arms(["base"], load_agent(agent), None, workflow), plan, tmp_path / name)
+        runs = read_trajectories(tmp_path / name / "base.held_out.jsonl")
+        tokens.append([run.messages[2].token_ids for run in runs])
+    assert tokens[0] == tokens[1] and tokens[0][0] != tokens[0][1] and all(tokens[0])
+
+
+def test_what_was_measured_before_there_were_trials_is_kept(workflow: Workflow, tmp_path: Path) -> None:
+    loaded: list[str] = []
+    evaluate(workflow, arms(workflow, loaded), PLAN, tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["plan"]["trials"], settings["plan"]["temperature"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    evaluate(workflow, arms(workflow, loaded), PLAN, tmp_path)
+    assert loaded == ["prompt", "lora"]
+    with pytest.raises(InputError, match="other settings"):
+        evaluate(workflow, arms(workflow, []), replace(PLAN, temperature=0.7), tmp_path)
+
+
+def test_the_report_says_where_and_how_runs_fail(workflow: Workflow, tmp_path: Path) -> None:
+    report = evaluate(workflow, arms(workflow, []), PLAN, tmp_path)
+    silent, teacher = report.coverage["prompt"], report.coverage["lora"]
+    assert ("edge", "find>lend") in silent.never and ("tool", "lend_book") in silent.never
+    assert teacher.never == () and teacher.runs == 12
+    failed = sum(report.cells["prompt"]["held_out"].score.failures.values())
+    assert report.failure_kinds["prompt"]["held_out"]["domain blindness"] == {"stopped early": failed}
+    assert not any(report.failure_kinds["lora"]["held_out"].values())
+    assert any(note.startswith("held_out: lora is better than prompt by ") for note in report.notes())
+    assert any(note.startswith("prompt is weakest on ") for note in report.notes())
+    assert "lora passed on every branch that it took" in report.notes()
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["verdicts"]["lora"]["held_out"].startswith("lora is better than prompt")
+    assert written["coverage"]["prompt"]["branches"][0]["success"]["mean"] < 1
+    assert written["failure_kinds"]["prompt"]["held_out"]["other"] == {}
+    text = (tmp_path / "report.md").read_text()
+    assert f"- prompt failed by kind: {failed} x domain blindness ({failed} stopped early)" in text
+    assert "| edge | find>lend | - | 100.0 [100.0, 100.0] (" in text
+
+
+def test_an_arm_that_does_as_the_prompt_is_not_called_better(workflow: Workflow, tmp_path: Path) -> None:
+    prompt, teacher = arms(workflow, [])
+    report = evaluate(workflow, [prompt, replace(prompt, name="lora"), replace(teacher, name="full")], PLAN, tmp_path)
+    same, better = report.notes()[:2]
+    assert "lora against prompt: no difference shown" in same and "with 12 tasks a difference under 25.0 points" in same
+    assert "full is better than prompt" in better and not any("lora is better" in note for note in report.notes())
 
 
 def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

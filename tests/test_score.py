@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrain.score import bootstrap, matches, paired_difference, same_call, score, successes
+from engrain.score import (
+    Interval,
+    bootstrap,
+    matches,
+    paired_difference,
+    pass_k,
+    same_call,
+    score,
+    successes,
+    verdict,
+)
 from engrain.trajectory import Message, Outcome, ToolCall, Trajectory
 
 
@@ -84,6 +95,70 @@ def test_score_counts_calls_steps_and_reasons() -> None:
     assert result.failures == {"budget: steps": 2}
     assert result.success.mean == pytest.approx(1 / 3)
     assert successes([run("a", True), run("b", False)]) == {"a": 1.0, "b": 0.0}
+
+
+def trials(**outcomes: str) -> list[Trajectory]:
+    """`a="101"`: task a, right in the first and third of three trials."""
+    return [run(task, bit == "1") for task, bits in outcomes.items() for bit in bits]
+
+
+def test_pass_k_is_the_share_of_ways_to_draw_k_trials_that_all_succeed() -> None:
+    outcomes = {"a": "1111", "b": "1101", "c": "0100", "d": "0000"}
+    runs = trials(**outcomes)
+    for k in (1, 2, 3, 4):
+        ways = [[set(drawn) == {"1"} for drawn in combinations(bits, k)] for bits in outcomes.values()]
+        assert pass_k(runs, k).mean == pytest.approx(np.mean([np.mean(way) for way in ways]))
+    with pytest.raises(ValueError, match=r"pass\^5: expected k from 1 to the 4 trials"):
+        pass_k(runs, 5)
+    with pytest.raises(ValueError, match="the 3 trials"):
+        pass_k([*runs, *trials(e="111")], 4)
+
+
+def test_trials_of_one_task_are_one_cluster() -> None:
+    always, never = {f"t{n}": "1111" for n in range(10)}, {f"u{n}": "0000" for n in range(10)}
+    made = score(trials(**always, **never))
+    assert (made.tasks, made.trials, list(made.pass_k)) == (20, 4, [1, 2, 4])
+    assert made.success == bootstrap([1.0] * 10 + [0.0] * 10) == made.pass_k[1] == made.pass_k[4]
+    mixed = trials(**{f"t{n}": "1010" for n in range(20)})
+    assert score(mixed).success == Interval(0.5, 0.5, 0.5) and score(mixed).pass_k[4].mean == 0
+    assert successes(mixed)["t0"] == 0.5
+    once = score(trials(a="1", b="0"))
+    assert (once.trials, once.pass_k) == (1, {1: once.success}) and score([]).pass_k == {}
+
+
+def test_a_difference_averages_over_trials() -> None:
+    first, second = successes(trials(a="11", b="10")), successes(trials(a="10", b="00"))
+    assert paired_difference(first, second) == Interval(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        (Interval(0.12, 0.03, 0.21), "lora is better than prompt by 12.0 points [3.0, 21.0]"),
+        (Interval(-0.12, -0.21, -0.03), "lora is worse than prompt by 12.0 points [3.0, 21.0]"),
+        (Interval(0.02, -0.02, 0.06), "the interval of 2.0 points [-2.0, 6.0] includes 0); with 300 tasks a difference "
+         "under 4.0 points would not be seen"),
+        (Interval(0.05, 0.0, 0.1), "no difference shown"),
+        (Interval(-0.05, -0.1, 0.0), "no difference shown"),
+        (Interval(0.002, 0.0004, 0.006), "[0.0, 0.6] includes 0"),
+        (Interval(0.0, 0.0, 0.0), "with 300 tasks a difference under 1.0 points would not be seen"),
+        (bootstrap([]), "no difference shown"),
+    ],
+)  # fmt: skip
+def test_what_a_difference_lets_one_say(difference: Interval, said: str) -> None:
+    assert said in verdict("lora", "prompt", difference, 300)
+    assert "for want of tasks" in verdict("lora", "prompt", difference, 0)
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.integers(1, 1000))
+def test_nothing_is_better_or_worse_whose_interval_includes_zero(
+    mean: float, below: float, above: float, tasks: int
+) -> None:
+    text = verdict("a", "b", Interval(mean, mean - below, mean + above), tasks)
+    if mean - below <= 0 <= mean + above:
+        assert "better" not in text and "worse" not in text and f"with {tasks} tasks" in text
+    else:
+        assert "includes 0" not in text or min(abs(mean - below), abs(mean + above)) < 0.001
 
 
 @pytest.mark.parametrize(

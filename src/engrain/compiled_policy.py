@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from copy import copy
+from typing import Protocol, Self, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from engrain.renderer import Renderer
 from engrain.task import Task
 from engrain.tool import Tool
 from engrain.trajectory import Message
-from engrain.turn import LONGEST_TURN, Completion, Request
+from engrain.turn import LONGEST_TURN, Completion, Request, Sampling
 
 
 class Decoder(Protocol):
@@ -44,6 +45,7 @@ class CompiledPolicy:
     ) -> None:
         self.engine, self.constrained, self.max_new = engine, constrained, max_new
         self._adapter_of, self.in_prompt = adapter_of, in_prompt
+        self._sampling: Sampling | None = None
         self._grammars: dict[tuple[Tool, ...], str] = {}
 
     def __call__(self, episodes: Sequence[Episode], /) -> list[Message | Exception]:
@@ -57,13 +59,19 @@ class CompiledPolicy:
     def finish(self, episode: Episode, /) -> None:
         self.engine.release(id(episode.trajectory))
 
+    def sampled(self, temperature: float, seed: int) -> Self:
+        """The same agent on the same engine, its tokens drawn at a temperature; 0 is greedy, whatever the seed."""
+        other = copy(self)
+        other._sampling = Sampling(temperature, seed=seed)
+        return other
+
     def _request(self, episode: Episode) -> Request | Exception:
         try:
             prompt = self.engine.renderer.prompt(episode.trajectory)
             grammar = self._grammar(episode.tools) if self.constrained else None
             seed = f"{episode.trajectory.id}:{len(episode.trajectory.messages)}"
             adapter = self._adapter_of(episode)
-            request = Request(prompt, grammar, self.max_new, id(episode.trajectory), seed, adapter)
+            request = Request(prompt, grammar, self.max_new, id(episode.trajectory), seed, adapter, self._sampling)
             self.engine.check(request)
         except EngrainError as error:
             return error

@@ -1,8 +1,10 @@
 """Evaluation: arms x splits -> a table with intervals.
 
 An arm is a policy and the instructions in its prompt. Every arm meets the same tasks, so differences are paired.
-Success comes from batched rollouts; latency from a sample of tasks run one at a time, which batching would blur. A
-finished arm x split lies on disk as trajectories and is not run again.
+Success comes from batched rollouts; latency from a sample of tasks run one at a time, which batching would blur. With
+several trials each is the same tasks with another sampling seed. A finished arm x split, all trials, lies on disk as
+trajectories and is not run again. So do the runs of the workflow's teacher on these tasks, which show the edges between
+phases that there are.
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engrain.agent import Agent
 from engrain.controls import CONTROLS, Control, own
+from engrain.coverage import Coverage, coverage, table
 from engrain.errors import InputError
+from engrain.failure_kinds import failure_kinds, said, total
 from engrain.files import replacing
-from engrain.policy import Policy
+from engrain.policy import Policy, ScriptTeacher
+from engrain.repeats import numbered, sampled
+from engrain.results import kept, read_settings, write_settings
 from engrain.rollout import UNTIMED, Budget, rollout
-from engrain.score import Interval, Score, paired_difference, score, successes
-from engrain.trajectory import Trajectory, read_trajectories, write_trajectories
+from engrain.score import TIMES, Interval, Latency, Score, latency, paired_difference, score, successes, verdict
+from engrain.task import Task
+from engrain.trajectory import Trajectory
 from engrain.workflow import Instructions, Workflow
 
-SETTINGS = "settings.json"
 REPORT = "report.json"
 TABLE = "report.md"
 ARMS = ("base", "prompt", "lora", "full", "hypernetwork", *CONTROLS)
@@ -51,7 +55,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How much is measured. Raises `InputError` for several trials without sampling."""
 
     splits: tuple[str, ...]
     tasks: int = 300
@@ -59,16 +63,15 @@ class Plan:
     seed: int = 1000
     parallel: int = 16
     budget: Budget = UNTIMED
+    trials: int = 1
+    """Runs of each task."""
+    temperature: float = 0.0
+    """At 0 decoding is greedy."""
 
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds a step, decoding and its prompt included, the tool not; one task at a time."""
-
-    mean: float
-    p95: float
-    tasks: int
-    steps: int
+    def __post_init__(self) -> None:
+        if self.trials > 1 and self.temperature <= 0:
+            raise InputError(f"{self.trials} trials at temperature 0 are the same run {self.trials} times, since "
+                             "greedy decoding is deterministic; give --temperature, such as 0.7")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,21 @@ class Report:
     """By arm, then by split."""
     differences: Mapping[str, Mapping[str, Interval]]
     """Success of each compiled arm minus the prompt arm's, paired by task, by arm and split."""
+    coverage: Mapping[str, Coverage]
+    """By arm, all splits together."""
+    failure_kinds: Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]]
+    """Failed runs by arm, split, kind and how."""
 
-    headings = (
-        "split", "arm", "success % [95%]", "invalid calls %", "cut-off turns %", "steps", "prompt tokens/step",
-        "new tokens/step", "s/step", "tasks",
-    )  # fmt: skip
+    @property
+    def headings(self) -> tuple[str, ...]:
+        return (
+            "split", "arm", "success % [95%]", *(f"pass^{k} % [95%]" for k in self._times()), "invalid calls %",
+            "cut-off turns %", "steps", "prompt tokens/step", "new tokens/step", "s/step", "tasks",
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        covered = {arm: found.to_dict() for arm, found in self.coverage.items()}
+        return {**asdict(self), "coverage": covered, "verdicts": self.verdicts()}
 
     def rows(self) -> list[tuple[str, ...]]:
         return [
@@ -102,6 +112,7 @@ class Report:
                 split,
                 arm,
                 cell.score.success.percent(),
+                *(cell.score.pass_k[k].percent() for k in self._times()),
                 f"{100 * cell.score.invalid:.2f}",
                 f"{100 * cell.score.truncated:.2f}",
                 f"{cell.score.steps:.1f}",
@@ -115,19 +126,31 @@ class Report:
             for cell in [cells[split]]
         ]
 
-    def notes(self) -> list[str]:
-        """What the table does not say: paired differences, and why tasks failed."""
-        lines = [
-            f"{arm} minus prompt on {split}: {difference.percent()} points of success, paired by task"
+    def verdicts(self) -> dict[str, dict[str, str]]:
+        """The differences in words, by arm and split."""
+        return {
+            arm: {
+                split: verdict(arm, "prompt", one, self.cells[arm][split].score.tasks) for split, one in splits.items()
+            }
             for arm, splits in self.differences.items()
-            for split, difference in splits.items()
+        }
+
+    def notes(self) -> list[str]:
+        """What the table does not say: paired differences, why tasks failed, and where an arm is weakest."""
+        lines = [
+            f"{split}: {text}, paired by task" for splits in self.verdicts().values() for split, text in splits.items()
         ]
-        return lines + [
+        lines += [
             f"{arm} on {split} failed: " + "; ".join(f"{count} x {reason}" for reason, count in top)
             for arm, cells in self.cells.items()
             for split, cell in cells.items()
             if (top := list(cell.score.failures.items())[:3])
         ]
+        return lines + [f"{arm} {found.weakest()}" for arm, found in self.coverage.items()]
+
+    def _times(self) -> list[int]:
+        """The k of the columns of pass^k; pass^1 is the success."""
+        return [k for k in TIMES if 1 < k <= self.plan.trials]
 
 
 def agent_arms(names: Sequence[str], agent: Agent, full: Agent | None, workflow: Workflow) -> list[Arm]:
@@ -182,15 +205,24 @@ def evaluate(
     _claim(out, workflow, arms, plan)
     cells: dict[str, dict[str, Cell]] = {}
     outcomes: dict[str, dict[str, dict[str, float]]] = {}
-    runs = _Runs(workflow, plan, out, progress)
+    covered: dict[str, Coverage] = {}
+    kinds: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
+    tasks = cache(lambda split: list(islice(workflow.tasks(split, plan.seed), max(plan.tasks, plan.latency_tasks))))
+    runs = _Runs(workflow, plan, out, progress, tasks)
+    teacher = [run for split in plan.splits for run in runs.of_teacher(split)]
     for arm in arms:
         policy = cache(partial(arm.policy, plan.parallel))  # not loaded if all that it would run is there
+        every: list[Trajectory] = []
         for split in plan.splits:
             many = runs(arm, policy, split)
             few = runs(arm, policy, split, alone=True)
             cells.setdefault(arm.name, {})[split] = Cell(score(many, seed=plan.seed), latency(few))
             outcomes.setdefault(arm.name, {})[split] = successes(many)
-    report = Report(workflow.name, plan, cells, _differences(outcomes, plan))
+            asked = {task.id: task for task in tasks(split)}
+            kinds.setdefault(arm.name, {})[split] = failure_kinds(workflow, asked, many)
+            every += many
+        covered[arm.name] = coverage(workflow, every, teacher, seed=plan.seed)
+    report = Report(workflow.name, plan, cells, _differences(outcomes, plan), covered, kinds)
     write_report(out, report.to_dict(), markdown(report))
     return report
 
@@ -199,6 +231,8 @@ def _claim(out: Path, workflow: Workflow, arms: Sequence[Arm], plan: Plan) -> No
     """A directory holds one evaluation; more arms or splits may join it later."""
     settings = {"workflow": workflow.name, "plan": {**asdict(plan), "splits": []}, "arms": {}}
     before = read_settings(out)
+    if before is not None:  # made before there were trials
+        before["plan"] = {"trials": 1, "temperature": 0.0, **before.get("plan", {})}
     known = dict(before.get("arms", {})) if before else {}
     settings["arms"] = {**known, **{arm.name: arm.digest for arm in arms}}
     if before is not None and (
@@ -209,37 +243,6 @@ def _claim(out: Path, workflow: Workflow, arms: Sequence[Arm], plan: Plan) -> No
     write_settings(out, settings)
 
 
-def read_settings(out: Path) -> dict[str, Any] | None:
-    """What the directory's results were made with; None if there are none yet."""
-    path = out / SETTINGS
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); choose another directory with -o") from error
-
-
-def write_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    with replacing(out / SETTINGS) as file:
-        json.dump(settings, file, indent=2)
-
-
-def kept(
-    path: Path, count: int, make: Callable[[], Iterable[Trajectory]], progress: Callable[[int, int], None]
-) -> list[Trajectory]:
-    """The trajectories of a file; if there is none, `count` of them are made and written there."""
-    if path.exists():
-        return list(read_trajectories(path))
-    trajectories: list[Trajectory] = []
-    progress(0, count)
-    for trajectory in make():
-        trajectories.append(trajectory)
-        progress(len(trajectories), count)
-    write_trajectories(path, trajectories)
-    return trajectories
-
-
 @dataclass(frozen=True)
 class _Runs:
     """Trajectories of an arm on a split: from disk, or made and written there."""
@@ -248,30 +251,28 @@ class _Runs:
     plan: Plan
     out: Path
     progress: Progress
+    tasks: Callable[[str], list[Task]]
 
     def __call__(self, arm: Arm, policy: Callable[[], Policy], split: str, *, alone: bool = False) -> list[Trajectory]:
         path = self.out / f"{arm.name}.{split}{'.latency' if alone else ''}.jsonl"
         plan = self.plan
-        count, parallel = (plan.latency_tasks, 1) if alone else (plan.tasks, plan.parallel)
+        count, parallel, trials = (plan.latency_tasks, 1, 1) if alone else (plan.tasks, plan.parallel, plan.trials)
         label = f"{split} one at a time" if alone else split
 
         def make() -> Iterable[Trajectory]:
-            tasks = islice(self.workflow.tasks(split, plan.seed), count)
             options = {"parallel": parallel, "budget": plan.budget, "instructions": arm.instructions}
-            return rollout(self.workflow, tasks, policy(), **options)
+            for trial in range(1, trials + 1):
+                drawing = sampled(policy(), plan.temperature, trial, arm.name)
+                for run in rollout(self.workflow, self.tasks(split)[:count], drawing, **options):
+                    yield numbered(run, trial) if trials > 1 else run
 
-        return kept(path, count, make, partial(self.progress, arm.name, label))
+        return kept(path, count * trials, make, partial(self.progress, arm.name, label))
 
-
-def latency(trajectories: Sequence[Trajectory]) -> Latency:
-    seconds = [
-        message.seconds
-        for trajectory in trajectories
-        for message in trajectory.messages
-        if message.role == "assistant" and message.seconds is not None
-    ]
-    mean, p95 = (float(np.mean(seconds)), float(np.percentile(seconds, 95))) if seconds else (math.nan, math.nan)
-    return Latency(mean, p95, len(trajectories), len(seconds))
+    def of_teacher(self, split: str) -> list[Trajectory]:
+        plan, tasks = self.plan, self.tasks(split)[: self.plan.tasks]
+        options = {"parallel": plan.parallel, "budget": UNTIMED}
+        make = partial(rollout, self.workflow, tasks, ScriptTeacher(self.workflow), **options)
+        return kept(self.out / f"reference.{split}.jsonl", len(tasks), make, partial(self.progress, "teacher", split))
 
 
 def _differences(
@@ -296,17 +297,25 @@ def write_report(out: Path, report: Mapping[str, Any], text: str) -> None:
 
 def markdown(report: Report) -> str:
     plan = report.plan
+    how = f"sampled at temperature {plan.temperature:g}" if plan.temperature else "greedy decoding"
+    how += f", {plan.trials} trials a task" if plan.trials > 1 else ""
     about = (
-        f"{plan.tasks} tasks a split, seed {plan.seed}, greedy decoding. Success: goal check, 95% bootstrap interval "
+        f"{plan.tasks} tasks a split, seed {plan.seed}, {how}. Success: goal check, 95% bootstrap interval "
         f"over tasks. s/step: mean over {plan.latency_tasks} tasks run one at a time."
     )
-    return page(report.workflow, about, report.headings, report.rows(), report.notes())
+    kinds = [f"{arm} failed by kind: {said(total(splits.values()))}" for arm, splits in report.failure_kinds.items()]
+    text = page(report.workflow, about, report.headings, report.rows(), report.notes() + kinds)
+    branches = "Success of the runs that took a branch, all splits together, the worst on average first."
+    return "\n".join([text, "## Branches", "", branches, "", *_lines(*table(report.coverage)), ""])
 
 
 def page(title: str, about: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     """A table in Markdown, between what it is and notes on it."""
-    lines = ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
-    return "\n".join([f"# {title}", "", about, "", *lines, "", *(f"- {note}" for note in notes), ""])
+    return "\n".join([f"# {title}", "", about, "", *_lines(headings, rows), "", *(f"- {note}" for note in notes), ""])
+
+
+def _lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
 
 
 def _finite(value: Any) -> Any:

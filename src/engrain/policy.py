@@ -43,7 +43,8 @@ class Episode:
 
 @runtime_checkable
 class Policy(Protocol):
-    """It may also have a `name`, and `in_prompt(task)`: why the context belongs into this task's prompt, else ""."""
+    """It may also have a `name`; `in_prompt(task)`: why the context belongs into this task's prompt, else ""; and
+    `sampled(temperature, seed)`: the same policy, its tokens drawn so."""
 
     def __call__(self, episodes: Sequence[Episode], /) -> Sequence[Message | Exception]:
         """One assistant turn an episode, or the reason why there is none."""

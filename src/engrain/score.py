@@ -1,16 +1,18 @@
 """Scores: what trajectories add up to, with intervals.
 
 Success is the goal check's word. Intervals are percentile bootstraps over *tasks*, or over clusters of them, seeded, so
-the same trajectories always give the same numbers. An interval of values that are all equal has no width: read it
-beside the task count.
+the same trajectories always give the same numbers. Several trials of one task are alike, and are drawn together. An
+interval of values that are all equal has no width: read it beside the task count. What is said of a difference in words
+is said by `verdict`, which calls nothing better whose interval includes 0.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +22,8 @@ from engrain.trajectory import Message, ToolCall, Trajectory
 Task = TypeVar("Task", bound=Hashable)
 """What names a task."""
 RESAMPLES = 10_000
+TIMES = (1, 2, 4, 8)
+"""The k of pass^k."""
 INVALID = frozenset({"bad_arguments", "unknown_tool", "not_allowed", "malformed_call"})
 """Errors of a turn that say that the call itself was wrong: refused, or begun and not to be read."""
 
@@ -42,6 +46,7 @@ class Score:
 
     tasks: int
     success: Interval
+    """Of all runs: pass@1."""
     calls: int
     invalid: float
     """Invalid calls, per call that was tried."""
@@ -52,10 +57,24 @@ class Score:
     """Tokens in the context when a step was decoded, mean over steps."""
     completion_tokens: float
     failures: dict[str, int]
-    """Failed tasks by reason, most frequent first."""
+    """Failed runs by reason, most frequent first."""
+    trials: int = 1
+    """Runs of each task."""
+    pass_k: dict[int, Interval] = field(default_factory=dict)
+    """By k: the chance that k runs of a task all succeed, for k of 1, 2, 4 and 8 up to the number of trials."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds a step, decoding and its prompt included, the tool not; one task at a time."""
+
+    mean: float
+    p95: float
+    tasks: int
+    steps: int
 
 
 def bootstrap(
@@ -102,13 +121,55 @@ def paired_difference(
     return bootstrap([first[task] - second[task] for task in shared], clusters, seed=seed)
 
 
+def verdict(first: str, second: str, difference: Interval, tasks: int) -> str:
+    """What a difference in success, `first` minus `second` paired over so many tasks, lets one say.
+
+    It is decided on the interval as it is printed, in points with one decimal: one that includes 0 shows no difference,
+    and the noise floor is said instead, which is half its width. Where no task came out differently it has no width;
+    what would then go unseen is a difference on up to 3 of N tasks (the rule of three, Hanley and Lippman-Hand 1983).
+    """
+    if not tasks or math.isnan(difference.mean):
+        return f"{first} against {second}: no difference shown, for want of tasks that both did"
+    mean, low, high = (round(100 * value, 1) + 0.0 for value in (difference.mean, difference.low, difference.high))
+    if low > 0:
+        return f"{first} is better than {second} by {mean} points [{low}, {high}]"
+    if high < 0:
+        return f"{first} is worse than {second} by {-mean} points [{-high}, {-low}]"
+    floor = (high - low) / 2 or min(100.0, 300 / tasks)
+    return (
+        f"{first} against {second}: no difference shown (the interval of {mean} points [{low}, {high}] includes 0); "
+        f"with {tasks} tasks a difference under {floor:.1f} points would not be seen"
+    )
+
+
 def succeeded(trajectory: Trajectory) -> bool:
     return trajectory.outcome is not None and trajectory.outcome.success
 
 
 def successes(trajectories: Iterable[Trajectory]) -> dict[str, float]:
-    """1.0 or 0.0 by task id."""
-    return {trajectory.task: float(succeeded(trajectory)) for trajectory in trajectories}
+    """The share of a task's trials that succeeded, by task id: 1.0 or 0.0 where there is one."""
+    return {task: sum(trials) / len(trials) for task, trials in _trials(trajectories).items()}
+
+
+def pass_k(trajectories: Iterable[Trajectory], k: int, *, seed: int = 0) -> Interval:
+    """The chance that k independent trials of a task all succeed, resampled task by task.
+
+    The unbiased estimate of tau-bench (Yao et al. 2024, arXiv 2406.12045): the mean over tasks of C(c, k) / C(n, k) for
+    c successes in n trials. Raises `ValueError` if a task has fewer than k trials.
+    """
+    tasks = _trials(trajectories)
+    if k < 1 or any(len(trials) < k for trials in tasks.values()):
+        fewest = min(map(len, tasks.values()), default=0)
+        raise ValueError(f"pass^{k}: expected k from 1 to the {fewest} trials that a task has")
+    return bootstrap([math.comb(sum(one), k) / math.comb(len(one), k) for one in tasks.values()], seed=seed)
+
+
+def _trials(trajectories: Iterable[Trajectory]) -> dict[str, list[bool]]:
+    """Whether each trial succeeded, by task id."""
+    tasks: dict[str, list[bool]] = {}
+    for trajectory in trajectories:
+        tasks.setdefault(trajectory.task, []).append(succeeded(trajectory))
+    return tasks
 
 
 def reason(trajectory: Trajectory) -> str:
@@ -121,7 +182,7 @@ def reason(trajectory: Trajectory) -> str:
 
 
 def failures(trajectories: Iterable[Trajectory]) -> dict[str, int]:
-    """Failed tasks by reason, most frequent first."""
+    """Failed runs by reason, most frequent first."""
     return dict(Counter(reason(trajectory) for trajectory in trajectories if not succeeded(trajectory)).most_common())
 
 
@@ -133,9 +194,11 @@ def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
     invalid = sum(turn.error in INVALID for turn in turns)
     unread = sum(turn.error == "malformed_call" for turn in steps)
     truncated = sum(turn.error == "truncated" for turn in steps)
+    trials = min((len(one) for one in _trials(trajectories).values()), default=0)
+    right = [float(succeeded(trajectory)) for trajectory in trajectories]
     return Score(
-        tasks=len(trajectories),
-        success=bootstrap([float(succeeded(trajectory)) for trajectory in trajectories], seed=seed),
+        tasks=len({trajectory.task for trajectory in trajectories}),
+        success=bootstrap(right, [trajectory.task for trajectory in trajectories], seed=seed),
         calls=calls,
         invalid=invalid / max(1, calls + unread),
         truncated=truncated / max(1, len(steps)),
@@ -143,7 +206,20 @@ def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
         prompt_tokens=_mean(turn.prompt_tokens for turn in steps),
         completion_tokens=_mean(len(turn.token_ids) for turn in steps if turn.token_ids is not None),
         failures=failures(trajectories),
+        trials=trials,
+        pass_k={k: pass_k(trajectories, k, seed=seed) for k in TIMES if k <= trials},
     )
+
+
+def latency(trajectories: Sequence[Trajectory]) -> Latency:
+    seconds = [
+        message.seconds
+        for trajectory in trajectories
+        for message in trajectory.messages
+        if message.role == "assistant" and message.seconds is not None
+    ]
+    mean, p95 = (float(np.mean(seconds)), float(np.percentile(seconds, 95))) if seconds else (math.nan, math.nan)
+    return Latency(mean, p95, len(trajectories), len(seconds))
 
 
 def same_call(expected: ToolCall, got: ToolCall) -> bool:

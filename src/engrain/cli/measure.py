@@ -33,6 +33,8 @@ def evaluate(
     parallel: Annotated[int, typer.Option(help="Tasks at a time.", min=1)] = 16,
     steps: Annotated[int, typer.Option(help="Steps a task may take.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 1000,
+    trials: Annotated[int, typer.Option(help="Runs of each task, for pass^k; needs --temperature.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.", min=0)] = 0.0,
     workflow: WorkflowPath = None,
     json: Json = False,
 ) -> None:
@@ -47,7 +49,7 @@ def evaluate(
     terminal.quiet()
     source = attached(agent / loaded.manifest.source, workflow)
     splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
-    plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps))
+    plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps), trials, temperature)
     with terminal.evaluating() as progress:
         chosen = evaluation.agent_arms(names, loaded, other, source)
         report = evaluation.evaluate(source, chosen, plan, output, progress)
