@@ -22,6 +22,8 @@ from engrain.agent import Agent
 from engrain.controls import CONTROLS, Control, own
 from engrain.errors import InputError
 from engrain.files import replacing
+from engrain.page import Document, Notes, Table, write_report
+from engrain.plots import Runs, plots, reduced, step_seconds
 from engrain.policy import Policy
 from engrain.rollout import UNTIMED, Budget, rollout
 from engrain.score import Interval, Score, paired_difference, score, successes
@@ -29,8 +31,6 @@ from engrain.trajectory import Trajectory, read_trajectories, write_trajectories
 from engrain.workflow import Instructions, Workflow
 
 SETTINGS = "settings.json"
-REPORT = "report.json"
-TABLE = "report.md"
 ARMS = ("base", "prompt", "lora", "full", "hypernetwork", *CONTROLS)
 """The last are a hypernetwork under other contexts than the tenants' own."""
 Progress = Callable[[str, str, int, int], None]
@@ -175,13 +175,14 @@ def _arm(
 def evaluate(
     workflow: Workflow, arms: Sequence[Arm], plan: Plan, out: Path, progress: Progress = lambda *_: None
 ) -> Report:
-    """Run what is not yet in `out`, then write `report.json` and `report.md` there."""
+    """Run what is not yet in `out`, then write `report.json`, `report.md` and `report.html` there."""
     unknown = [split for split in plan.splits if split not in workflow.splits]
     if unknown:
         raise InputError(f"unknown split {unknown[0]!r}; {workflow.name!r} has {', '.join(workflow.splits)}")
     _claim(out, workflow, arms, plan)
     cells: dict[str, dict[str, Cell]] = {}
     outcomes: dict[str, dict[str, dict[str, float]]] = {}
+    seen: dict[str, dict[str, Runs]] = {split: {} for split in plan.splits}
     runs = _Runs(workflow, plan, out, progress)
     for arm in arms:
         policy = cache(partial(arm.policy, plan.parallel))  # not loaded if all that it would run is there
@@ -190,8 +191,9 @@ def evaluate(
             few = runs(arm, policy, split, alone=True)
             cells.setdefault(arm.name, {})[split] = Cell(score(many, seed=plan.seed), latency(few))
             outcomes.setdefault(arm.name, {})[split] = successes(many)
+            seen[split][arm.name] = reduced(many, few)
     report = Report(workflow.name, plan, cells, _differences(outcomes, plan))
-    write_report(out, report.to_dict(), markdown(report))
+    write_report(out, report.to_dict(), document(report, seen))
     return report
 
 
@@ -264,12 +266,7 @@ class _Runs:
 
 
 def latency(trajectories: Sequence[Trajectory]) -> Latency:
-    seconds = [
-        message.seconds
-        for trajectory in trajectories
-        for message in trajectory.messages
-        if message.role == "assistant" and message.seconds is not None
-    ]
+    seconds = step_seconds(trajectories)
     mean, p95 = (float(np.mean(seconds)), float(np.percentile(seconds, 95))) if seconds else (math.nan, math.nan)
     return Latency(mean, p95, len(trajectories), len(seconds))
 
@@ -287,36 +284,12 @@ def _differences(
     }
 
 
-def write_report(out: Path, report: Mapping[str, Any], text: str) -> None:
-    with replacing(out / REPORT) as file:
-        json.dump(_finite(report), file, indent=2, ensure_ascii=False)
-    with replacing(out / TABLE) as file:
-        file.write(text)
-
-
-def markdown(report: Report) -> str:
+def document(report: Report, seen: Mapping[str, Mapping[str, Runs]]) -> Document:
+    """What the page says; `seen` are the runs by split and arm."""
     plan = report.plan
     about = (
         f"{plan.tasks} tasks a split, seed {plan.seed}, greedy decoding. Success: goal check, 95% bootstrap interval "
         f"over tasks. s/step: mean over {plan.latency_tasks} tasks run one at a time."
     )
-    return page(report.workflow, about, report.headings, report.rows(), report.notes())
-
-
-def page(title: str, about: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """A table in Markdown, between what it is and notes on it."""
-    lines = ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
-    return "\n".join([f"# {title}", "", about, "", *lines, "", *(f"- {note}" for note in notes), ""])
-
-
-def _finite(value: Any) -> Any:
-    """NaN is not JSON."""
-    match value:
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case float() if not math.isfinite(value):
-            return None
-        case _:
-            return value
+    table = Table(report.headings, tuple(report.rows()))
+    return Document(report.workflow, about, (table, *plots(seen, plan.seed), Notes(tuple(report.notes()))))
