@@ -29,6 +29,7 @@ RESAMPLES = 2_000
 class Run:
     """One task as one arm carried it out."""
 
+    task: str
     steps: int
     success: bool
     confidence: float | None
@@ -50,7 +51,7 @@ Split = Mapping[str, Runs]
 
 def reduced(many: Iterable[Trajectory], alone: Iterable[Trajectory]) -> Runs:
     """The runs of `many`, and the seconds of `alone`."""
-    runs = (Run(one.steps, succeeded(one), confidence(one)) for one in many)
+    runs = (Run(one.task, one.steps, succeeded(one), confidence(one)) for one in many)
     return Runs(tuple(runs), tuple(float(f"{seconds:.4g}") for seconds in step_seconds(alone)))
 
 
@@ -96,7 +97,7 @@ def against_steps(split: str, arms: Split, seed: int = 0) -> Lines:
         "steps that the run took",
         "success",
         {arm: tuple(_by_steps(runs.runs, seed)) for arm, runs in arms.items()},
-        about="A run that gives up early is a short one. 95% bootstrap intervals over runs; larger marks are of more "
+        about="A run that gives up early is a short one. 95% bootstrap intervals over tasks; larger marks are of more "
         "runs. An interval of runs that all ended alike has no width.",
         labels=tuple(STEPS),
         shares=True,
@@ -134,7 +135,7 @@ def calibration(split: str, arms: Mapping[str, Sequence[Run]], seed: int = 0) ->
             for arm, runs in arms.items()
         },
         about="Above the line: right more often than the model's confidence says. Larger marks are of more runs; 95% "
-        "bootstrap intervals over runs.",
+        "bootstrap intervals over tasks.",
         shares=True,
         diagonal=True,
     )
@@ -165,7 +166,8 @@ def _bins(runs: Sequence[Run]) -> list[list[Run]]:
 def _point(x: float, runs: Sequence[Run], seed: int) -> Point:
     if not runs:
         return Point(x, None)
-    found = bootstrap([float(run.success) for run in runs], resamples=RESAMPLES, seed=seed)
+    right, tasks = [float(run.success) for run in runs], [run.task for run in runs]
+    found = bootstrap(right, tasks, resamples=RESAMPLES, seed=seed)
     return Point(x, found.mean, found.low, found.high, len(runs))
 
 

@@ -47,9 +47,9 @@ Marks = Mapping[str, int]
 """The number of each series, the same in all plots of a page."""
 
 
-def lines(plot: Lines, name: str, marks: Marks, only: str = "") -> str:
+def lines(plot: Lines, name: str, marks: Marks, only: str | None = None) -> str:
     """y against x. `name` is unique on the page. With `only` one series, a panel: the others are faint behind it."""
-    frame = PANEL if only else WHOLE
+    frame = WHOLE if only is None else PANEL
     series = {
         one: sorted((point for point in points if math.isfinite(point.x)), key=lambda point: point.x)
         for one, points in plot.series.items()
@@ -62,10 +62,10 @@ def lines(plot: Lines, name: str, marks: Marks, only: str = "") -> str:
         parts.append(
             f'<line class="diagonal" x1="{frame.left}" y1="{frame.bottom}" x2="{frame.right}" y2="{frame.top}"/>'
         )
-    if only and not plot.diagonal:
+    if only is not None and not plot.diagonal:
         behind = (line for one in series if one != only for line in _stretches(series[one], across, up, 0))
         parts.append(f'<g class="behind">{"".join(behind)}</g>')
-    shown = {one: points for one, points in series.items() if only in ("", one)}
+    shown = {one: points for one, points in series.items() if only in (None, one)}
     for place, (one, points) in enumerate(shown.items()):
         beside = (place - (len(shown) - 1) / 2) * min(12.0, 0.75 * _band(plot, frame) / len(shown))
         at = _Beside(across, beside if plot.labels else 0.0)
@@ -76,7 +76,7 @@ def lines(plot: Lines, name: str, marks: Marks, only: str = "") -> str:
         parts.append(_text((frame.left + frame.right) / 2, (frame.top + frame.bottom) / 2, "no data", "middle"))
     said = [f"{one}: {'; '.join(_said(plot, point) for point in points)}." for one, points in shown.items() if points]
     about = f"{plot.y} against {plot.x}. {' '.join(said) or 'No data.'}"
-    return _svg(name, f"{plot.title}, {only}" if only else plot.title, about, frame.width, frame.height, parts)
+    return _svg(name, plot.title if only is None else f"{plot.title}, {only}", about, frame.width, frame.height, parts)
 
 
 Scale = Callable[[float], float]
