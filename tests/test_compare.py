@@ -69,6 +69,7 @@ def test_differences_are_of_the_same_tasks_and_prompts_differ_by_arm(tmp_path: P
     assert desk.procedure in systems[OURS] and desk.procedure not in systems["base"]
     assert json.loads((tmp_path / "report.json").read_text())["cells"][OURS]["tasks"]["tasks"] == 8
     assert (tmp_path / "report.md").read_text().count("\n| tasks |") == 3
+    assert (tmp_path / "report.html").read_text().count("<td>tasks</td>") == 3
 
     again = compare(chosen, SUITE, "code", PLAN, tmp_path)  # all of it is there already
     assert again == found

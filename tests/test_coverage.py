@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from desk import call, say, workflow
 
-from engrain.coverage import FEW, branches, coverage, table
+from engrain.coverage import FEW, branch_table, branches, coverage
 from engrain.policy import ScriptTeacher
 from engrain.rollout import rollout
 from engrain.task import Fault, Task
@@ -95,7 +95,7 @@ def test_worst_first_but_never_for_a_single_run() -> None:
     assert made.weakest().startswith("is weakest on phase `act`: 20.0 [")
     assert coverage(workflow, good).weakest() == "passed on every branch that it took"
     assert coverage(workflow, []).weakest() == "took no branch"
-    headings, rows = table({"one": made, "other": coverage(workflow, good)})
+    headings, rows = branch_table({"one": made, "other": coverage(workflow, good)})
     assert len(headings) == 4 and all(len(row) == 4 for row in rows)
     assert rows[0][:2] == ("phase", "act") and rows[0][2].endswith("(5)") and rows[0][3] == "-"
     assert rows[-1] == ("tool", "refund_order", "-", "-")  # neither called it; the note, one did

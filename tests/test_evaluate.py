@@ -15,6 +15,7 @@ from engrain.agent import load_agent
 from engrain.context import Context
 from engrain.errors import InputError
 from engrain.evaluate import Arm, Plan, agent_arms, default_arms, evaluate
+from engrain.page import Distribution, Lines, Notes, Table, read_page
 from engrain.policy import Episode, Policy, ScriptTeacher
 from engrain.rollout import Budget
 from engrain.trajectory import Message, read_trajectories
@@ -66,6 +67,18 @@ def test_a_teacher_wins_and_the_difference_is_paired(workflow: Workflow, tmp_pat
     assert written["cells"]["lora"]["held_out"]["score"]["success"]["mean"] == 1
     assert "| held_out | lora | 100.0 [100.0, 100.0] |" in (tmp_path / "report.md").read_text()
     assert len(report.rows()[0]) == len(report.headings)
+
+
+def test_the_page_has_the_table_and_the_plots(workflow: Workflow, tmp_path: Path) -> None:
+    report = evaluate(workflow, arms(workflow, []), PLAN, tmp_path)
+    table, steps, seconds, notes = read_page(tmp_path / "report.json").blocks
+    assert isinstance(table, Table) and list(table.rows) == report.rows()
+    assert isinstance(steps, Lines) and isinstance(seconds, Distribution)
+    counts = {arm: [point.count for point in points] for arm, points in steps.series.items()}
+    assert counts["prompt"] == [12, 0, 0, 0, 0] and counts["lora"][0] == 0 and sum(counts["lora"]) == 12
+    assert len(seconds.series["lora"]) == report.cells["lora"]["held_out"].latency.steps
+    assert isinstance(notes, Notes) and list(notes.lines) == report.notes()
+    assert "Success against steps: held_out" in (tmp_path / "report.html").read_text()
 
 
 def test_latency_comes_from_tasks_run_alone(workflow: Workflow, tmp_path: Path) -> None:
@@ -209,6 +222,8 @@ def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path, monke
     report = evaluate(workflow, made, plan, tmp_path)
     tokens = {arm: cells["held_out"].score.prompt_tokens for arm, cells in report.cells.items()}
     assert tokens["prompt"] > 2 * tokens["lora"]
+    sure = [one for one in read_page(tmp_path / "report.json").blocks if isinstance(one, Lines) and one.diagonal]
+    assert [list(one.series) for one in sure] == [names]  # an engine says how likely its tokens are
     systems = [next(read_trajectories(tmp_path / f"{arm}.held_out.jsonl")).messages[0] for arm in ("prompt", "lora")]
     assert workflow.procedure in systems[0].content and workflow.procedure not in systems[1].content
     with pytest.raises(InputError, match="compile one with --to full"):

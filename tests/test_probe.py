@@ -338,6 +338,7 @@ def test_the_command_goes_on_and_reports(suite: Path, tiny_base: Path, tmp_path:
     assert invoke(command) == 0
     shown = capsys.readouterr().out
     assert "100.0 [100.0, 100.0]" in shown and f"written: {out}/report.json" in shown
+    assert "<td>say</td>" in (out / "report.html").read_text()
     assert (out / "say.1.jsonl").read_text().count("\n") == (out / "kept").read_text().count("\n") == 3
 
 

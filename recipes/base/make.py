@@ -30,10 +30,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from worlds.english import english_of
 from worlds.probes import suite
 
-from engrain.evaluate import REPORT, TABLE
 from engrain.files import replacing, replacing_directory
 from engrain.learner import Probe
 from engrain.model import Base, base_digest, load_base, save_base
+from engrain.page import REPORT, TABLE
 from engrain.probe import chosen, measure
 from engrain.renderer import Renderer, Row
 from engrain.train import TrainConfig, train

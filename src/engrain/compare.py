@@ -17,9 +17,10 @@ from engrain.adapters import Adapters
 from engrain.agent import as_policy, file_digest, text_digest
 from engrain.controls import CONTROLS, Control, own
 from engrain.errors import InputError
-from engrain.evaluate import Progress, page, write_report
+from engrain.evaluate import Progress
 from engrain.hypernetwork import HEAD, load_hypernetwork
 from engrain.model import Base, base_digest, load_base
+from engrain.page import Document, Notes, Table, markdown, write_report
 from engrain.policy import Episode, Policy
 from engrain.probe import Cell, Plan, Subject, Suite, probe, subject
 from engrain.renderer import Renderer
@@ -77,12 +78,15 @@ class Comparison:
             if cell.failures
         ]
 
-    def markdown(self) -> str:
+    def document(self) -> Document:
         about = (
             f"{self.plan.tasks} tasks a seed, {self.plan.seeds} seeds, greedy decoding, calls constrained to the "
             "tools' schemas. 95% bootstrap intervals over tenants."
         )
-        return page("Comparison", about, self.headings, self.rows(), self.notes())
+        return Document("Comparison", about, (Table(self.headings, tuple(self.rows())), Notes(tuple(self.notes()))))
+
+    def markdown(self) -> str:
+        return markdown(self.document())
 
 
 def arms(hypernetwork: Path, base: Path, against: Mapping[str, Path]) -> dict[str, Arm]:
@@ -108,7 +112,7 @@ def arms(hypernetwork: Path, base: Path, against: Mapping[str, Path]) -> dict[st
 def compare(
     chosen: Mapping[str, Arm], suite: Suite, code: str, plan: Plan, out: Path, progress: Progress = lambda *_: None
 ) -> Comparison:
-    """Run what is not yet in `out`, then write `report.json` and `report.md` there."""
+    """Run what is not yet in `out`, then write `report.json`, `report.md` and `report.html` there."""
     cells: dict[str, Mapping[str, Cell]] = {}
     outcomes: dict[str, dict[str, Outcomes]] = {}
     for name, arm in chosen.items():
@@ -127,7 +131,7 @@ def compare(
                 for one, done in outcomes[name].items()
             }
     made = Comparison(plan, cells, differences)
-    write_report(out, made.to_dict(), made.markdown())
+    write_report(out, made.to_dict(), made.document())
     return made
 
 

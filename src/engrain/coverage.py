@@ -106,7 +106,7 @@ def branches(workflow: Workflow, trajectory: Trajectory) -> Iterator[Named]:
         yield "tenant", trajectory.tenant
 
 
-def table(arms: Mapping[str, Coverage]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def branch_table(arms: Mapping[str, Coverage]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and rows of all arms beside each other: a row a branch, the one that is worst on average first."""
     taken = {arm: {(one.sort, one.name): one for one in found.branches} for arm, found in arms.items()}
     names = {name: None for found in taken.values() for name in found}

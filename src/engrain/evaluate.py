@@ -10,7 +10,6 @@ phases that there are.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -20,10 +19,11 @@ from typing import Any
 
 from engrain.agent import Agent
 from engrain.controls import CONTROLS, Control, own
-from engrain.coverage import Coverage, coverage, table
+from engrain.coverage import Coverage, branch_table, coverage
 from engrain.errors import InputError
 from engrain.failure_kinds import failure_kinds, said, total
-from engrain.files import replacing
+from engrain.page import Document, Notes, Table, write_report
+from engrain.plots import Runs, plots, reduced
 from engrain.policy import Policy, ScriptTeacher
 from engrain.repeats import numbered, sampled
 from engrain.results import kept, read_settings, write_settings
@@ -33,8 +33,6 @@ from engrain.task import Task
 from engrain.trajectory import Trajectory
 from engrain.workflow import Instructions, Workflow
 
-REPORT = "report.json"
-TABLE = "report.md"
 ARMS = ("base", "prompt", "lora", "full", "hypernetwork", *CONTROLS)
 """The last are a hypernetwork under other contexts than the tenants' own."""
 Progress = Callable[[str, str, int, int], None]
@@ -198,7 +196,7 @@ def _arm(
 def evaluate(
     workflow: Workflow, arms: Sequence[Arm], plan: Plan, out: Path, progress: Progress = lambda *_: None
 ) -> Report:
-    """Run what is not yet in `out`, then write `report.json` and `report.md` there."""
+    """Run what is not yet in `out`, then write `report.json`, `report.md` and `report.html` there."""
     unknown = [split for split in plan.splits if split not in workflow.splits]
     if unknown:
         raise InputError(f"unknown split {unknown[0]!r}; {workflow.name!r} has {', '.join(workflow.splits)}")
@@ -207,6 +205,7 @@ def evaluate(
     outcomes: dict[str, dict[str, dict[str, float]]] = {}
     covered: dict[str, Coverage] = {}
     kinds: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
+    seen: dict[str, dict[str, Runs]] = {split: {} for split in plan.splits}
     tasks = cache(lambda split: list(islice(workflow.tasks(split, plan.seed), max(plan.tasks, plan.latency_tasks))))
     runs = _Runs(workflow, plan, out, progress, tasks)
     teacher = [run for split in plan.splits for run in runs.of_teacher(split)]
@@ -220,10 +219,11 @@ def evaluate(
             outcomes.setdefault(arm.name, {})[split] = successes(many)
             asked = {task.id: task for task in tasks(split)}
             kinds.setdefault(arm.name, {})[split] = failure_kinds(workflow, asked, many)
+            seen[split][arm.name] = reduced(many, few)
             every += many
         covered[arm.name] = coverage(workflow, every, teacher, seed=plan.seed)
     report = Report(workflow.name, plan, cells, _differences(outcomes, plan), covered, kinds)
-    write_report(out, report.to_dict(), markdown(report))
+    write_report(out, report.to_dict(), document(report, seen))
     return report
 
 
@@ -288,14 +288,8 @@ def _differences(
     }
 
 
-def write_report(out: Path, report: Mapping[str, Any], text: str) -> None:
-    with replacing(out / REPORT) as file:
-        json.dump(_finite(report), file, indent=2, ensure_ascii=False)
-    with replacing(out / TABLE) as file:
-        file.write(text)
-
-
-def markdown(report: Report) -> str:
+def document(report: Report, seen: Mapping[str, Mapping[str, Runs]]) -> Document:
+    """What the page says; `seen` are the runs by split and arm."""
     plan = report.plan
     how = f"sampled at temperature {plan.temperature:g}" if plan.temperature else "greedy decoding"
     how += f", {plan.trials} trials a task" if plan.trials > 1 else ""
@@ -303,29 +297,10 @@ def markdown(report: Report) -> str:
         f"{plan.tasks} tasks a split, seed {plan.seed}, {how}. Success: goal check, 95% bootstrap interval "
         f"over tasks. s/step: mean over {plan.latency_tasks} tasks run one at a time."
     )
+    table = Table(report.headings, tuple(report.rows()))
     kinds = [f"{arm} failed by kind: {said(total(splits.values()))}" for arm, splits in report.failure_kinds.items()]
-    text = page(report.workflow, about, report.headings, report.rows(), report.notes() + kinds)
-    branches = "Success of the runs that took a branch, all splits together, the worst on average first."
-    return "\n".join([text, "## Branches", "", branches, "", *_lines(*table(report.coverage)), ""])
-
-
-def page(title: str, about: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """A table in Markdown, between what it is and notes on it."""
-    return "\n".join([f"# {title}", "", about, "", *_lines(headings, rows), "", *(f"- {note}" for note in notes), ""])
-
-
-def _lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
-
-
-def _finite(value: Any) -> Any:
-    """NaN is not JSON."""
-    match value:
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case float() if not math.isfinite(value):
-            return None
-        case _:
-            return value
+    headings, rows = branch_table(report.coverage)
+    caption = "Branches: success of the runs that took one, all splits together, the worst on average first"
+    branches = Table(headings, tuple(rows), caption)
+    notes = Notes((*report.notes(), *kinds))
+    return Document(report.workflow, about, (table, *plots(seen, plan.seed), notes, branches))

@@ -23,13 +23,15 @@ import torch
 
 from engrain.agent import as_policy
 from engrain.errors import InputError
-from engrain.evaluate import Progress, kept, page, read_settings, write_report, write_settings
+from engrain.evaluate import Progress
 from engrain.files import appending
 from engrain.model import Base, base_digest, load_base
+from engrain.page import Document, Notes, Table, write_report
 from engrain.parallel import merged
 from engrain.policy import Episode, Policy
 from engrain.record import complete_runs, partial_path
 from engrain.renderer import Renderer
+from engrain.results import kept, read_settings, write_settings
 from engrain.rollout import UNTIMED, Budget, rollouts
 from engrain.score import Interval, bootstrap, failures, succeeded
 from engrain.task import Task
@@ -169,12 +171,13 @@ class Report:
             if (top := list(cell.failures.items())[:3])
         ]
 
-    def markdown(self) -> str:
+    def document(self) -> Document:
         about = (
             f"Base {self.digest[:12]}, {self.plan.tasks} tasks a seed, {self.plan.seeds} seeds, greedy decoding, calls "
             "constrained to the tools' schemas. 95% bootstrap intervals over tenants."
         )
-        return page("Capability probes", about, self.headings, self.rows(), self.notes())
+        table = Table(self.headings, tuple(self.rows()))
+        return Document("Capability probes", about, (table, Notes(tuple(self.notes()))))
 
 
 def load_suite(path: Path) -> Suite:
@@ -230,7 +233,7 @@ def subject(path: Path) -> Subject:
 
 
 def probe(who: Subject, suite: Suite, code: str, plan: Plan, out: Path, progress: Progress = lambda *_: None) -> Report:
-    """Run what is not yet in `out`, then write `report.json` and `report.md` there. `code` is the suite's digest."""
+    """Run what is not yet in `out`, then write `report.json`, `.md` and `.html` there. `code` is the suite's digest."""
     _claim(out, {"base": who.digest, "suite": code, "tasks": plan.tasks})
     load = cache(partial(_load, who, plan))
 
@@ -249,7 +252,7 @@ def probe(who: Subject, suite: Suite, code: str, plan: Plan, out: Path, progress
         {one.name: pair for one in suite if (pair := _pairs(runs.get(one.before, []), runs[one.name]))},
         {capability.name: capability.about for capability in suite},
     )
-    write_report(out, report.to_dict(), report.markdown())
+    write_report(out, report.to_dict(), report.document())
     return report
 
 

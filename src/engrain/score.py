@@ -211,13 +211,18 @@ def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
     )
 
 
-def latency(trajectories: Sequence[Trajectory]) -> Latency:
-    seconds = [
+def step_seconds(trajectories: Iterable[Trajectory]) -> list[float]:
+    """Seconds of each turn, decoding and its prompt included, the tool not."""
+    return [
         message.seconds
         for trajectory in trajectories
         for message in trajectory.messages
         if message.role == "assistant" and message.seconds is not None
     ]
+
+
+def latency(trajectories: Sequence[Trajectory]) -> Latency:
+    seconds = step_seconds(trajectories)
     mean, p95 = (float(np.mean(seconds)), float(np.percentile(seconds, 95))) if seconds else (math.nan, math.nan)
     return Latency(mean, p95, len(trajectories), len(seconds))
 

@@ -102,13 +102,34 @@ def compare(
 
 def _show(report: evaluation.Report | probing.Report | comparing.Comparison, output: Path, json: bool) -> None:
     from engrain.cli import terminal
-    from engrain.evaluate import REPORT, TABLE
+    from engrain.page import REPORT, TABLE, WEB
 
     if json:
         terminal.print_json(report.to_dict())
     else:
         terminal.print_table(report.headings, report.rows(), report.notes())
-        typer.echo(f"written: {output / REPORT}, {output / TABLE}")
+        typer.echo(f"written: {', '.join(str(output / name) for name in (REPORT, TABLE, WEB))}")
+
+
+def report(
+    path: Annotated[Path, typer.Argument(help="A directory with report.json, or with committed reports, NAME.json.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put their tables into this file, where it says <!-- report:NAME -->.")
+    ] = None,
+) -> None:
+    """Make the page of a report again from its JSON, or put tables of committed reports into a README."""
+    from engrain.files import replacing
+    from engrain.page import REPORT, WEB, filled, html, read_page
+
+    if into is None:
+        target, text = path / WEB, html(read_page(path / REPORT))
+    elif into.is_file():
+        target, text = into, filled(into.read_text(encoding="utf-8"), path)
+    else:
+        raise InputError(f"{into}: no such file; give one with marks such as <!-- report:NAME --><!-- /report:NAME -->")
+    with replacing(target) as file:
+        file.write(text)
+    typer.echo(f"written: {target}")
 
 
 def _suite(given: Path | None, file: str = "") -> Path:
