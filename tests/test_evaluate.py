@@ -11,9 +11,10 @@ import pytest
 
 from engrain.adapters import Adapters
 from engrain.agent import load_agent
+from engrain.arms import Arm, agent_arms, default_arms
 from engrain.context import Context
 from engrain.errors import InputError
-from engrain.evaluate import Arm, Plan, agent_arms, default_arms, evaluate
+from engrain.evaluate import Plan, evaluate
 from engrain.policy import Episode, Policy, ScriptTeacher
 from engrain.rollout import Budget
 from engrain.trajectory import Message, read_trajectories

@@ -18,35 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from engrain.agent import Agent
-from engrain.controls import CONTROLS, Control, own
+from engrain.arms import Arm
 from engrain.errors import InputError
 from engrain.files import replacing
 from engrain.policy import Policy
 from engrain.rollout import UNTIMED, Budget, rollout
 from engrain.score import Interval, Score, paired_difference, score, successes
 from engrain.trajectory import Trajectory, read_trajectories, write_trajectories
-from engrain.workflow import Instructions, Workflow
+from engrain.workflow import Workflow
 
 SETTINGS = "settings.json"
 REPORT = "report.json"
 TABLE = "report.md"
-ARMS = ("base", "prompt", "lora", "full", "hypernetwork", *CONTROLS)
-"""The last are a hypernetwork under other contexts than the tenants' own."""
 Progress = Callable[[str, str, int, int], None]
 """(arm, split, tasks done, tasks in all)"""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to run the workflow."""
-
-    name: str
-    instructions: Instructions
-    digest: str
-    """Of what runs: a resumed evaluation must find the same."""
-    policy: Callable[[int], Policy]
-    """Loads it for so many episodes at a time."""
 
 
 @dataclass(frozen=True)
@@ -128,48 +113,6 @@ class Report:
             for split, cell in cells.items()
             if (top := list(cell.score.failures.items())[:3])
         ]
-
-
-def agent_arms(names: Sequence[str], agent: Agent, full: Agent | None, workflow: Workflow) -> list[Arm]:
-    """The named arms. `base` and `prompt` run the agent's base without its adapter.
-
-    Raises `InputError` for a name that is unknown or that the given agents cannot fill.
-    """
-    compiled = {one.manifest.kind: one for one in (agent, full) if one is not None}
-    arms = []
-    for name in names:
-        if name not in ARMS:
-            raise InputError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
-        if name in ("base", "prompt"):
-            instructions: Instructions = "full" if name == "prompt" else "none"
-            arms.append(_arm(name, instructions, agent, workflow, compiled=False))
-        elif name in compiled:
-            arms.append(_arm(name, "none", compiled[name], workflow, compiled=True))
-        elif name in CONTROLS and "hypernetwork" in compiled:
-            arms.append(_arm(name, "none", compiled["hypernetwork"], workflow, compiled=True, control=CONTROLS[name]))
-        else:
-            kind = "hypernetwork" if name in CONTROLS else name
-            raise InputError(f"no agent for arm {name!r}; compile one with --to {kind}, or leave the arm out of --arms")
-    return arms
-
-
-def default_arms(agent: Agent, full: Agent | None) -> list[str]:
-    kinds = dict.fromkeys(one.manifest.kind for one in (agent, full) if one is not None)
-    return ["base", "prompt", *kinds, *(CONTROLS if "hypernetwork" in kinds else ())]
-
-
-def _arm(
-    name: str,
-    instructions: Instructions,
-    agent: Agent,
-    workflow: Workflow,
-    *,
-    compiled: bool,
-    control: Control = own,
-) -> Arm:
-    agent.check_workflow(workflow)
-    digest = agent.digest() if compiled else agent.manifest.base.digest
-    return Arm(name, instructions, digest, partial(agent.policy, workflow, compiled=compiled, control=control))
 
 
 def evaluate(
@@ -258,7 +201,7 @@ class _Runs:
         def make() -> Iterable[Trajectory]:
             tasks = islice(self.workflow.tasks(split, plan.seed), count)
             options = {"parallel": parallel, "budget": plan.budget, "instructions": arm.instructions}
-            return rollout(self.workflow, tasks, policy(), **options)
+            return rollout(self.workflow, tasks, policy(), added=arm.added, **options)
 
         return kept(path, count, make, partial(self.progress, arm.name, label))
 

@@ -39,17 +39,19 @@ def evaluate(
     """Measure arms on splits. A finished arm and split is not run again."""
     from engrain import evaluate as evaluation
     from engrain.agent import load_agent
+    from engrain.arms import agent_arms, default_arms
     from engrain.cli import terminal
     from engrain.rollout import UNTIMED
 
     loaded, other = load_agent(agent), load_agent(full) if full else None
-    names = _listed(arms) or evaluation.default_arms(loaded, other)
+    names = _listed(arms) or default_arms(loaded, other)
     terminal.quiet()
-    source = attached(agent / loaded.manifest.source, workflow)
+    place = workflow or agent / loaded.manifest.source
+    source = attached(place, workflow)
     splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
     plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps))
     with terminal.evaluating() as progress:
-        chosen = evaluation.agent_arms(names, loaded, other, source)
+        chosen = agent_arms(names, loaded, other, source, (place if place.is_dir() else place.parent) / "facts")
         report = evaluation.evaluate(source, chosen, plan, output, progress)
     _show(report, output, json)
 
