@@ -12,9 +12,10 @@ import pytest
 
 from engrain.adapters import Adapters
 from engrain.agent import load_agent
+from engrain.arms import Arm, agent_arms, default_arms
 from engrain.context import Context
 from engrain.errors import InputError
-from engrain.evaluate import Arm, Plan, agent_arms, default_arms, evaluate
+from engrain.evaluate import Plan, evaluate
 from engrain.page import Distribution, Lines, Notes, Table, read_page
 from engrain.policy import Episode, Policy, ScriptTeacher
 from engrain.rollout import Budget
@@ -164,7 +165,7 @@ def test_an_agent_draws_other_tokens_in_each_trial(
     plan = Plan(("held_out",), 1, 0, 3, 2, Budget(steps=1), trials=2, temperature=1.0)
     tokens = []
     for name in "ab":
-        evaluate(workflow, agent_arms(["base"], load_agent(agent), None, workflow), plan, tmp_path / name)
+        evaluate(workflow, agent_arms(["base"], [load_agent(agent)], workflow), plan, tmp_path / name)
         runs = read_trajectories(tmp_path / name / "base.held_out.jsonl")
         tokens.append([run.messages[2].token_ids for run in runs])
     assert tokens[0] == tokens[1] and tokens[0][0] != tokens[0][1] and all(tokens[0])
@@ -213,9 +214,9 @@ def test_an_arm_that_does_as_the_prompt_is_not_called_better(workflow: Workflow,
 def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 780)  # an untrained model rambles on
     loaded = load_agent(agent)
-    names = default_arms(loaded, None)
+    names = default_arms([loaded])
     assert names == ["base", "prompt", "lora"]
-    made = agent_arms(names, loaded, None, workflow)
+    made = agent_arms(names, [loaded], workflow)
     assert [arm.instructions for arm in made] == ["none", "full", "none"]
     assert made[0].digest == made[1].digest != made[2].digest
     plan = Plan(("held_out",), tasks=1, latency_tasks=1, seed=3, parallel=2, budget=Budget(steps=1))
@@ -227,9 +228,9 @@ def test_arms_of_an_agent(agent: Path, workflow: Workflow, tmp_path: Path, monke
     systems = [next(read_trajectories(tmp_path / f"{arm}.held_out.jsonl")).messages[0] for arm in ("prompt", "lora")]
     assert workflow.procedure in systems[0].content and workflow.procedure not in systems[1].content
     with pytest.raises(InputError, match="compile one with --to full"):
-        agent_arms(["full"], loaded, None, workflow)
+        agent_arms(["full"], [loaded], workflow)
     with pytest.raises(InputError, match="unknown arm 'magic'"):
-        agent_arms(["magic"], loaded, None, workflow)
+        agent_arms(["magic"], [loaded], workflow)
 
 
 def test_a_hypernetwork_is_measured_under_other_contexts_too(
@@ -237,10 +238,10 @@ def test_a_hypernetwork_is_measured_under_other_contexts_too(
 ) -> None:
     monkeypatch.setattr("engrain.agent.LONGEST_CONTEXT", 780)
     made = load_agent(hyper_agent)
-    names = default_arms(made, None)
+    names = default_arms([made])
     assert names == ["base", "prompt", "hypernetwork", "another", "shuffled", "empty"]
     read: dict[str, list[Context]] = {}
-    for arm in agent_arms(names[2:], made, None, workflow):
+    for arm in agent_arms(names[2:], [made], workflow):
         monkeypatch.setattr(
             Adapters, "__call__", lambda self, context, arm=arm: read.setdefault(arm.name, []).append(context)
         )

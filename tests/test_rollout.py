@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engrain.errors import InputError, ToolFailure
 from engrain.policy import Episode, ScriptTeacher
-from engrain.rollout import Budget, rollout
+from engrain.rollout import Added, Budget, rollout
 from engrain.task import Fault, FaultKind, Task
 from engrain.tool import Tool, from_function
 from engrain.trajectory import Message, Outcome, ToolCall, Trajectory
@@ -541,3 +541,18 @@ def test_a_policy_may_ask_for_the_context_in_the_prompt_and_the_trajectory_says_
     assert asked.meta["in_prompt"] == "novelty 3 is over 1" and "in_prompt" not in other.meta
     assert asked.messages[0].content == workflow.system(TASKS[0].tenant, "full") and asked.tools != "[]"
     assert other.messages[0].content == workflow.system(TASKS[1].tenant, "none") and other.tools == "[]"
+
+
+def test_what_is_added_follows_the_system_prompt_and_the_request_and_is_on_record() -> None:
+    def added(task: Task) -> Added:
+        if task is TASKS[1]:
+            raise InputError("nothing to add")
+        return Added("Rules found.", "Facts found.", {"from": task.tenant})
+
+    done = {run.task: run for run in rollout(workflow, TASKS[:2], TEACHER, instructions="shared", added=added)}
+    told, failed = done[TASKS[0].id], done[TASKS[1].id]
+    assert told.messages[0].content == f"{workflow.system(told.tenant, 'shared')}\n\nRules found."
+    assert told.messages[1].content == f"{TASKS[0].request}\n\nFacts found."
+    assert told.meta == {"from": told.tenant} and told.tools == workflow.schemas("shared")
+    assert outcome(told).success and TASKS[0].request in told.messages[1].content
+    assert outcome(failed).reason == "open: nothing to add" and failed.messages[1].content == TASKS[1].request

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engrain.agent import Agent
-from engrain.controls import CONTROLS, Control, own
+from engrain.arms import Arm
 from engrain.coverage import Coverage, branch_table, coverage
 from engrain.errors import InputError
 from engrain.failure_kinds import failure_kinds, said, total
@@ -31,24 +31,10 @@ from engrain.rollout import UNTIMED, Budget, rollout
 from engrain.score import TIMES, Interval, Latency, Score, latency, paired_difference, score, successes, verdict
 from engrain.task import Task
 from engrain.trajectory import Trajectory
-from engrain.workflow import Instructions, Workflow
+from engrain.workflow import Workflow
 
-ARMS = ("base", "prompt", "lora", "full", "hypernetwork", *CONTROLS)
-"""The last are a hypernetwork under other contexts than the tenants' own."""
 Progress = Callable[[str, str, int, int], None]
 """(arm, split, tasks done, tasks in all)"""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to run the workflow."""
-
-    name: str
-    instructions: Instructions
-    digest: str
-    """Of what runs: a resumed evaluation must find the same."""
-    policy: Callable[[int], Policy]
-    """Loads it for so many episodes at a time."""
 
 
 @dataclass(frozen=True)
@@ -151,48 +137,6 @@ class Report:
         return [k for k in TIMES if 1 < k <= self.plan.trials]
 
 
-def agent_arms(names: Sequence[str], agent: Agent, full: Agent | None, workflow: Workflow) -> list[Arm]:
-    """The named arms. `base` and `prompt` run the agent's base without its adapter.
-
-    Raises `InputError` for a name that is unknown or that the given agents cannot fill.
-    """
-    compiled = {one.manifest.kind: one for one in (agent, full) if one is not None}
-    arms = []
-    for name in names:
-        if name not in ARMS:
-            raise InputError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
-        if name in ("base", "prompt"):
-            instructions: Instructions = "full" if name == "prompt" else "none"
-            arms.append(_arm(name, instructions, agent, workflow, compiled=False))
-        elif name in compiled:
-            arms.append(_arm(name, "none", compiled[name], workflow, compiled=True))
-        elif name in CONTROLS and "hypernetwork" in compiled:
-            arms.append(_arm(name, "none", compiled["hypernetwork"], workflow, compiled=True, control=CONTROLS[name]))
-        else:
-            kind = "hypernetwork" if name in CONTROLS else name
-            raise InputError(f"no agent for arm {name!r}; compile one with --to {kind}, or leave the arm out of --arms")
-    return arms
-
-
-def default_arms(agent: Agent, full: Agent | None) -> list[str]:
-    kinds = dict.fromkeys(one.manifest.kind for one in (agent, full) if one is not None)
-    return ["base", "prompt", *kinds, *(CONTROLS if "hypernetwork" in kinds else ())]
-
-
-def _arm(
-    name: str,
-    instructions: Instructions,
-    agent: Agent,
-    workflow: Workflow,
-    *,
-    compiled: bool,
-    control: Control = own,
-) -> Arm:
-    agent.check_workflow(workflow)
-    digest = agent.digest() if compiled else agent.manifest.base.digest
-    return Arm(name, instructions, digest, partial(agent.policy, workflow, compiled=compiled, control=control))
-
-
 def evaluate(
     workflow: Workflow, arms: Sequence[Arm], plan: Plan, out: Path, progress: Progress = lambda *_: None
 ) -> Report:
@@ -210,21 +154,29 @@ def evaluate(
     runs = _Runs(workflow, plan, out, progress, tasks)
     teacher = [run for split in plan.splits for run in runs.of_teacher(split)]
     for arm in arms:
-        policy = cache(partial(arm.policy, plan.parallel))  # not loaded if all that it would run is there
         every: list[Trajectory] = []
-        for split in plan.splits:
-            many = runs(arm, policy, split)
-            few = runs(arm, policy, split, alone=True)
-            cells.setdefault(arm.name, {})[split] = Cell(score(many, seed=plan.seed), latency(few))
-            outcomes.setdefault(arm.name, {})[split] = successes(many)
-            asked = {task.id: task for task in tasks(split)}
-            kinds.setdefault(arm.name, {})[split] = failure_kinds(workflow, asked, many)
-            seen[split][arm.name] = reduced(many, few)
-            every += many
+        with ExitStack() as opened:
+            policy = cache(partial(_opened, arm, plan, opened))  # not loaded if all that it would run is there
+            for split in plan.splits:
+                many = runs(arm, policy, split)
+                few = runs(arm, policy, split, alone=True)
+                cells.setdefault(arm.name, {})[split] = Cell(score(many, seed=plan.seed), latency(few))
+                outcomes.setdefault(arm.name, {})[split] = successes(many)
+                asked = {task.id: task for task in tasks(split)}
+                kinds.setdefault(arm.name, {})[split] = failure_kinds(workflow, asked, many)
+                seen[split][arm.name] = reduced(many, few)
+                every += many
         covered[arm.name] = coverage(workflow, every, teacher, seed=plan.seed)
     report = Report(workflow.name, plan, cells, _differences(outcomes, plan), covered, kinds)
     write_report(out, report.to_dict(), document(report, seen))
     return report
+
+
+def _opened(arm: Arm, plan: Plan, opened: ExitStack) -> Policy:
+    """The arm's policy, closed with the stack if it can be."""
+    policy = arm.policy(plan.parallel)
+    opened.callback(getattr(policy, "close", lambda: None))
+    return policy
 
 
 def _claim(out: Path, workflow: Workflow, arms: Sequence[Arm], plan: Plan) -> None:
@@ -260,10 +212,11 @@ class _Runs:
         label = f"{split} one at a time" if alone else split
 
         def make() -> Iterable[Trajectory]:
-            options = {"parallel": parallel, "budget": plan.budget, "instructions": arm.instructions}
+            prompt = {"instructions": arm.instructions, "added": arm.added}
             for trial in range(1, trials + 1):
                 drawing = sampled(policy(), plan.temperature, trial, arm.name)
-                for run in rollout(self.workflow, self.tasks(split)[:count], drawing, **options):
+                tasks = self.tasks(split)[:count]
+                for run in rollout(self.workflow, tasks, drawing, parallel=parallel, budget=plan.budget, **prompt):
                     yield numbered(run, trial) if trials > 1 else run
 
         return kept(path, count * trials, make, partial(self.progress, arm.name, label))

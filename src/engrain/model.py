@@ -172,12 +172,25 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+class Lengths:
+    """Of the rows of a stream. `torch.compile` does not look into it, and compiles once for any number of rows."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tokens)
+
+
 def packed_hidden(model: PreTrainedModel, batch: Packed) -> Float[Tensor, "tokens d_model"]:
     """Last hidden states of a packed stream. Call within `attention(model, PACKED)`."""
     if model.config._attn_implementation != PACKED:
         raise ValueError("packed_hidden needs `attention(model, PACKED)`: rows would attend to one another")
     output = model.get_decoder()(
-        input_ids=batch.ids[None], position_ids=batch.position_ids[None], lengths=batch.lengths, use_cache=False
+        input_ids=batch.ids[None],
+        position_ids=batch.position_ids[None],
+        lengths=Lengths(batch.lengths),
+        use_cache=False,
     )
     return output.last_hidden_state[0]
 
@@ -193,7 +206,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     *,
-    lengths: Sequence[int],
+    lengths: Iterable[int],
     **_: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads d_head"], None]:
     """Causal attention within each row of a flat stream. Exact: nothing is padded and nothing crosses rows."""

@@ -76,6 +76,10 @@ class ScriptTeacher(OneByOne):
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
 
+    def sampled(self, temperature: float, seed: int) -> ScriptTeacher:
+        """Nothing of it is drawn."""
+        return self
+
     def _turn(self, episode: Episode) -> Message | Exception:
         try:
             return self.workflow.teacher(episode.task, episode.trajectory.messages)
@@ -310,7 +314,7 @@ def _from_openai(response: httpx.Response) -> Message:
         reasoning = turn.get("reasoning_content") or turn.get("reasoning") or ""
         message = Message(role="assistant", content=_text(turn.get("content")), reasoning=reasoning, tool_calls=calls)
         usage = response.json().get("usage") or {}
-        message.prompt_tokens = usage.get("prompt_tokens")
+        message.prompt_tokens, message.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise _Malformed(f"expected a chat completion, got {response.text[:200]!r} ({type(error).__name__})") from error
     if choice.get("finish_reason") in ("length", "content_filter"):

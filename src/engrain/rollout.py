@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,6 +32,20 @@ GRACE = 0.05
 HUNG = 5.0
 """Seconds that a goal check may take when a tool of its episode is still running."""
 OnStep = Callable[[Trajectory, Message], None]
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a prompt says of one task beside the instructions: rules that were retrieved, worked examples."""
+
+    system: str = ""
+    """A paragraph after the system prompt."""
+    request: str = ""
+    """A paragraph after the request."""
+    seconds: float = 0.0
+    """What it took to make, counted with the first turn."""
+    meta: Mapping[str, str] = field(default_factory=dict)
+    """Where it came from, for the trajectory's `meta`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class _Run:
     workflow: Workflow
     episode: Episode
     system: str = ""
+    added: Added = Added()
     state: Any = None
     opened: bool = False
     calls: deque[ToolCall] = field(default_factory=deque)
@@ -102,11 +117,14 @@ def rollout(
     parallel: int = 16,
     budget: Budget | None = None,
     instructions: Instructions = "none",
+    added: Callable[[Task], Added] | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[Trajectory]:
     """One trajectory a task, in the order in which they end. `tasks` is read as slots become free."""
     pairs = ((workflow, task) for task in tasks)
-    return rollouts(pairs, policy, parallel=parallel, budget=budget, instructions=instructions, on_step=on_step)
+    return rollouts(
+        pairs, policy, parallel=parallel, budget=budget, instructions=instructions, added=added, on_step=on_step
+    )
 
 
 def rollouts(
@@ -116,12 +134,14 @@ def rollouts(
     parallel: int = 16,
     budget: Budget | None = None,
     instructions: Instructions = "none",
+    added: Callable[[Task], Added] | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[Trajectory]:
     """As `rollout`; tasks of different workflows are done side by side."""
     if parallel < 1:
         raise InputError(f"parallel: expected at least 1 episode at a time, got {parallel}")
-    loop = _Loop(policy, budget or Budget(), instructions, on_step or (lambda trajectory, message: None))
+    nothing, unseen = (lambda task: Added()), (lambda trajectory, message: None)
+    loop = _Loop(policy, budget or Budget(), instructions, added or nothing, on_step or unseen)
     waiting = iter(tasks)
     active: list[_Run] = []
     try:
@@ -147,6 +167,7 @@ class _Loop:
     policy: Policy
     budget: Budget
     instructions: Instructions
+    added: Callable[[Task], Added]
     on_step: OnStep
 
     def begin(self, workflow: Workflow, task: Task) -> _Run:
@@ -169,6 +190,8 @@ class _Loop:
                 instructions, trajectory.meta["in_prompt"] = "full", reason
             run.system = workflow.system(task.tenant, instructions)
             trajectory.tools = workflow.schemas(instructions)
+            run.added = self.added(task)
+            trajectory.meta.update(run.added.meta)
             run.state = workflow.open(task)
             run.opened = True
         except Exception as error:
@@ -176,8 +199,9 @@ class _Loop:
         return run
 
     def introduce(self, run: _Run) -> None:
-        self.add(run, Message(role="system", content=run.system))
-        self.add(run, Message(role="user", content=run.episode.task.request))
+        request, added = run.episode.task.request, run.added
+        self.add(run, Message(role="system", content="\n\n".join(filter(None, (run.system, added.system)))))
+        self.add(run, Message(role="user", content="\n\n".join(filter(None, (request, added.request)))))
 
     def add(self, run: _Run, message: Message) -> None:
         run.episode.trajectory.messages.append(message)
@@ -224,12 +248,14 @@ class _Loop:
             run.end(f"policy: {_named(turn) if isinstance(turn, Exception) else wrong}")
             return
         seen = {call.id for message in run.episode.trajectory.messages for call in message.tool_calls}
+        own = seconds if turn.seconds is None else turn.seconds
+        before = 0.0 if run.episode.trajectory.steps else run.added.seconds
         turn = turn.model_copy(
             update={
                 "content": storable(turn.content),
                 "reasoning": storable(turn.reasoning),
                 "phase": run.episode.phase.name,
-                "seconds": seconds if turn.seconds is None else turn.seconds,
+                "seconds": own + before,
                 "tool_calls": _well_formed(turn.tool_calls, seen),
             }
         )

@@ -50,6 +50,8 @@ class Message(Record):
     """Wall-clock time to produce the message: decoding for an assistant turn, the call for a tool turn."""
     prompt_tokens: int | None = None
     """Tokens in the context when this assistant turn was decoded."""
+    completion_tokens: int | None = None
+    """Tokens that were decoded for it, where that is more than `token_ids` say, or these are not known."""
     token_ids: list[int] | None = None
     """The exact tokens that a model produced, stop token included."""
     logprobs: list[float] | None = None

@@ -26,7 +26,7 @@ def evaluate(
     agent: AgentPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for report and trajectories.")],
     arms: Annotated[str, typer.Option(help="Such as base, prompt, lora; by default all that there are.")] = "",
-    full: Annotated[Path | None, typer.Option(help="The fully trained agent, for arm full.")] = None,
+    beside: Annotated[list[Path] | None, typer.Option(help="Further agents, for arms of their kinds.")] = None,
     split: Annotated[str, typer.Option(help="Splits of the workflow; by default all but train.")] = "",
     n: Annotated[int, typer.Option("-n", help="Tasks for each arm and split.", min=1)] = 300,
     latency: Annotated[int, typer.Option(help="Tasks run one at a time, for seconds a step.", min=0)] = 10,
@@ -41,17 +41,19 @@ def evaluate(
     """Measure arms on splits. A finished arm and split is not run again."""
     from engrain import evaluate as evaluation
     from engrain.agent import load_agent
+    from engrain.arms import agent_arms, default_arms
     from engrain.cli import terminal
     from engrain.rollout import UNTIMED
 
-    loaded, other = load_agent(agent), load_agent(full) if full else None
-    names = _listed(arms) or evaluation.default_arms(loaded, other)
+    agents = [load_agent(path) for path in (agent, *(beside or ()))]
+    names = _listed(arms) or default_arms(agents)
     terminal.quiet()
-    source = attached(agent / loaded.manifest.source, workflow)
+    place = workflow or agent / agents[0].manifest.source
+    source = attached(place, workflow)
     splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
     plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps), trials, temperature)
     with terminal.evaluating() as progress:
-        chosen = evaluation.agent_arms(names, loaded, other, source)
+        chosen = agent_arms(names, agents, source, (place if place.is_dir() else place.parent) / "facts")
         report = evaluation.evaluate(source, chosen, plan, output, progress)
     _show(report, output, json)
 
