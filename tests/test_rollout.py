@@ -547,7 +547,7 @@ def test_what_is_added_follows_the_system_prompt_and_the_request_and_is_on_recor
     def added(task: Task) -> Added:
         if task is TASKS[1]:
             raise InputError("nothing to add")
-        return Added("Rules found.", "Facts found.", {"from": task.tenant})
+        return Added("Rules found.", "Facts found.", meta={"from": task.tenant})
 
     done = {run.task: run for run in rollout(workflow, TASKS[:2], TEACHER, instructions="shared", added=added)}
     told, failed = done[TASKS[0].id], done[TASKS[1].id]
