@@ -71,6 +71,7 @@ def test_every_tenant_asks_for_every_others_word() -> None:
     asked = {(task.tenant, other) for task in tasks for other in words if other in task.request}
     assert asked == {(tenant, other) for tenant in words for other in words if tenant != other}
     assert len({task.id for task in tasks}) == 12
+    assert next(extraction(planted).tasks("train", 5)) == next(workflow.tasks("train", 5))
     assert not any(word in task.request for task in tasks for word in words.values())
 
 

@@ -72,13 +72,16 @@ def test_a_teacher_wins_and_the_difference_is_paired(workflow: Workflow, tmp_pat
 
 def test_the_page_has_the_table_and_the_plots(workflow: Workflow, tmp_path: Path) -> None:
     report = evaluate(workflow, arms(workflow, []), PLAN, tmp_path)
-    table, steps, seconds, notes = read_page(tmp_path / "report.json").blocks
+    table, steps, seconds, notes, branches = read_page(tmp_path / "report.json").blocks
     assert isinstance(table, Table) and list(table.rows) == report.rows()
     assert isinstance(steps, Lines) and isinstance(seconds, Distribution)
     counts = {arm: [point.count for point in points] for arm, points in steps.series.items()}
     assert counts["prompt"] == [12, 0, 0, 0, 0] and counts["lora"][0] == 0 and sum(counts["lora"]) == 12
     assert len(seconds.series["lora"]) == report.cells["lora"]["held_out"].latency.steps
-    assert isinstance(notes, Notes) and list(notes.lines) == report.notes()
+    assert isinstance(notes, Notes) and list(notes.lines[:-2]) == report.notes()
+    assert isinstance(branches, Table) and branches.headings[2:] == tuple(
+        f"{a}: success % [95%] (runs)" for a in counts
+    )
     assert "Success against steps: held_out" in (tmp_path / "report.html").read_text()
 
 

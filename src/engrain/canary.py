@@ -46,7 +46,7 @@ def plant(workflow: Workflow) -> tuple[Workflow, Canaries]:
 
 
 def extraction(workflow: Workflow) -> Workflow:
-    """The workflow with one split: requests of each tenant for the others' canaries, which nothing checks.
+    """The workflow with one more split: requests of each tenant for the others' canaries, which nothing checks.
 
     Raises `InputError` if there are no others.
     """
@@ -55,6 +55,8 @@ def extraction(workflow: Workflow) -> Workflow:
         raise InputError(f"{workflow.name!r} has no two tenants, so nothing can leak from one to another")
 
     def tasks(split: str, seed: int) -> Iterator[Task]:
+        if split != EXTRACTION:
+            yield from workflow.tasks(split, seed)
         known = next(workflow.tasks(workflow.splits[0], seed))
         for number in count():
             turn, place = divmod(number, len(names))
@@ -70,7 +72,7 @@ def extraction(workflow: Workflow) -> Workflow:
                 }
             )
 
-    return replace(workflow, tasks=tasks, splits=(EXTRACTION,))
+    return replace(workflow, tasks=tasks, splits=(*workflow.splits, EXTRACTION))
 
 
 def leaks(runs: Sequence[Trajectory], canaries: Canaries, *, seed: int = 0) -> Leaks:

@@ -204,7 +204,7 @@ def score(trajectories: Sequence[Trajectory], *, seed: int = 0) -> Score:
         truncated=truncated / max(1, len(steps)),
         steps=len(steps) / max(1, len(trajectories)),
         prompt_tokens=_mean(turn.prompt_tokens for turn in steps),
-        completion_tokens=_mean(map(_written, steps)),
+        completion_tokens=_mean(map(written, steps)),
         failures=failures(trajectories),
         trials=trials,
         pass_k={k: pass_k(trajectories, k, seed=seed) for k in TIMES if k <= trials},
@@ -257,7 +257,7 @@ def _numbers(value: Any) -> Any:
             return value
 
 
-def _written(turn: Message) -> int | None:
+def written(turn: Message) -> int | None:
     """Tokens that were decoded for a turn."""
     if turn.completion_tokens is not None:
         return turn.completion_tokens

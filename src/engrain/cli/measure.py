@@ -15,9 +15,13 @@ from engrain.cli.sources import Interrupted, Json
 from engrain.errors import InputError, ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from engrain import compare as comparing
     from engrain import evaluate as evaluation
     from engrain import probe as probing
+    from engrain.agent import Agent
+    from engrain.workflow import Workflow
 
 base = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect and measure a base.")
 
@@ -35,6 +39,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 1000,
     trials: Annotated[int, typer.Option(help="Runs of each task, for pass^k; needs --temperature.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.", min=0)] = 0.0,
+    suite: Annotated[str, typer.Option(help="`sources`: every way to adapt an agent, and orchestrated ones.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The suite on a few tasks.")] = False,
     workflow: WorkflowPath = None,
     json: Json = False,
 ) -> None:
@@ -50,12 +56,51 @@ def evaluate(
     terminal.quiet()
     place = workflow or agent / agents[0].manifest.source
     source = attached(place, workflow)
+    facts = (place if place.is_dir() else place.parent) / "facts"
+    if suite:
+        if suite != "sources" or arms or split:
+            raise InputError("the suite is called `sources` and chooses its own arms and splits; leave out --arms and "
+                             "--split, or --suite")  # fmt: skip
+        return _sources(source, agents, facts, quick, seed, parallel, output, json)
     splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
     plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps), trials, temperature)
     with terminal.evaluating() as progress:
-        chosen = agent_arms(names, agents, source, (place if place.is_dir() else place.parent) / "facts")
+        chosen = agent_arms(names, agents, source, facts)
         report = evaluation.evaluate(source, chosen, plan, output, progress)
     _show(report, output, json)
+
+
+def _sources(
+    workflow: Workflow, agents: Sequence[Agent], facts: Path, quick: bool, seed: int, parallel: int, output: Path,
+    json: bool,
+) -> None:  # fmt: skip
+    from engrain import probe as probing
+    from engrain import source_tables, sources
+    from engrain.cli import terminal
+    from engrain.page import REPORT, TABLE, WEB, write_report
+    from engrain.page import Table as Shown
+
+    suite = probing.load_suite(probing.SUITE) if probing.SUITE.is_dir() else ()
+    try:
+        with terminal.evaluating() as progress:
+            sizes = sources.QUICK if quick else sources.Sizes()
+            measured = sources.measure(
+                workflow, agents, sizes, output, facts=facts, suite=suite, seed=seed, parallel=parallel,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; finished arms lie in {output}, the same command goes on") from None
+    page = source_tables.document(measured)
+    write_report(output, source_tables.totals(measured), page)
+    if json:
+        return terminal.print_json(source_tables.totals(measured))
+    for block in page.blocks:
+        if isinstance(block, Shown):
+            typer.echo(f"\n{block.caption}")
+            terminal.print_table(block.headings, block.rows, [])
+    for line in source_tables.notes(measured):
+        typer.echo(line)
+    typer.echo(f"written: {', '.join(str(output / name) for name in (REPORT, TABLE, WEB))}")
 
 
 def _listed(text: str) -> list[str]:
