@@ -26,7 +26,7 @@ check: $(VENV)/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(VENV)/ready
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
