@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from worlds.clerk import mark, up_to
-from worlds.drills import drills
+from worlds.drills import drills, edited_drills
 from worlds.english import English
 
 
@@ -76,6 +76,17 @@ def test_results_are_put_together_in_the_order_of_their_items(drilled):
         assert sorted(noted) == sorted(lines) and len(lines) >= 6
         assert [line.split(".")[0] for line in lines] == [mark(place) for place in range(len(lines))]
         assert noted != lines
+
+
+def test_an_edited_decision_asks_the_same_of_other_rules():
+    for before, after in edited_drills(3, 12, decisions=1.0):
+        said, edited = ([message.content for message in one.messages] for one in (before, after))
+        assert before.kind == "decide" and said[1] == edited[1] and said[2] != edited[2]
+        rules, others = (set(one[0].splitlines()) for one in (said, edited))
+        assert len(rules - others) == len(others - rules) == 1
+        assert [line.split(":")[0] for line in said[2].splitlines()] == [
+            line.split(":")[0] for line in edited[2].splitlines()
+        ]
 
 
 def test_decisions_quote_the_manual_and_the_records(drilled):

@@ -51,7 +51,7 @@ def test_a_stage_leaves_out_tenants_with_more_rules_and_the_seed_decides() -> No
         written = [[t for t, bit in zip(one.ids, one.mask, strict=True) if bit] for one in (row, whole)]
         assert written[0] == written[1] and len(whole.ids) > len(row.ids)
     assert all(row.context and 0 < len(row.context.rules) <= few.most_rules for row in made)
-    assert sum(data.tokens_of(stage, 1_400_000) for stage in data.STAGES) == 1_400_000
+    assert sum(data.tokens_of(stage, 1_800_000) for stage in data.STAGES) == 1_800_000
 
 
 def test_prompts_without_rules_are_refused() -> None:

@@ -42,7 +42,9 @@ class Stage:
     most_rules: int
     """Rows of tenants with more are left out."""
     drills: float
-    """Share of drills in rules among its rows; the rest are trajectories."""
+    """Share of drills among its rows; the rest are trajectories."""
+    decisions: float
+    """Share of decisions among its drills, as notes write them; the rest are rules asked for by name."""
     disguised: float
     """Share of worlds in other words than their family's."""
     kinds: tuple[int, int] = KINDS
@@ -51,11 +53,13 @@ class Stage:
 
 
 STAGES = (
-    Stage("few", 2, most_rules=8, drills=1.0, disguised=0.0, kinds=(1, 2)),
-    Stage("words", 2, most_rules=8, drills=1.0, disguised=DISGUISED, kinds=(1, 2)),
-    Stage("rules", 2, most_rules=40, drills=1.0, disguised=DISGUISED),
-    Stage("tasks", 8, most_rules=40, drills=0.3, disguised=DISGUISED),
+    Stage("few", 2, most_rules=8, drills=1.0, decisions=0.0, disguised=0.0, kinds=(1, 2)),
+    Stage("words", 2, most_rules=8, drills=1.0, decisions=0.0, disguised=DISGUISED, kinds=(1, 2)),
+    Stage("decisions", 6, most_rules=40, drills=1.0, decisions=0.8, disguised=DISGUISED, kinds=(1, 4)),
+    Stage("tasks", 8, most_rules=40, drills=0.5, decisions=0.8, disguised=DISGUISED, kinds=(1, 4)),
 )
+"""In whole tasks a rule decides a line in dozens; drills in decisions are nothing but such lines. Drills in rules alone
+taught to give a rule's value wherever its name was read, be it in the step that asks for it."""
 UNRELATED = 0.1
 """Share of rows that no rule bears on: what the base says of them should stay."""
 
@@ -94,7 +98,7 @@ def examples(stage: Stage, seed: int, number: int, families: tuple[str, ...] = T
     """`number` drills and trajectories, rules apart, less those without rules; the same for the same seed."""
     drilled = round(number * stage.drills)
     pairs = chain(
-        edited_drills(seed, drilled, families, stage.kinds, stage.disguised),
+        edited_drills(seed, drilled, families, stage.kinds, stage.disguised, stage.decisions),
         edited_trajectories(seed, number - drilled, replace(DEPTHS, disguised=stage.disguised), families),
     )
     for before, after in pairs:

@@ -116,15 +116,20 @@ def edited_drills(
     families: Sequence[str] = TRAINED,
     ruled: tuple[int, int] = KINDS,
     share: float = DISGUISED,
+    decisions: float = 0.0,
 ) -> Iterator[tuple[Trajectory, Trajectory]]:
-    """Drills in rules, each beside what it is after an edit of one rule that it asks for; a `share` in other words."""
+    """Drills in rules, or a share of them in decisions, each beside what it is after an edit of one rule that matters
+    to it; a `share` in other words."""
     rng = random.Random(f"edited/{seed}")
     for number in range(count):
-        name, desk = f"edited-{seed}-{number}", _desk(rng, NONE, families, ruled, share)
-        while not desk.said:
+        name, kind = f"edited-{seed}-{number}", "decide" if rng.random() < decisions else "rules"
+        pair = None
+        while pair is None:
             desk = _desk(rng, NONE, families, ruled, share)
-        before, after = edited_rules(desk)
-        yield _trajectory(name, "rules", before), _trajectory(f"{name}-after", "rules", after)
+            if desk.said:
+                pair = edited_decisions(desk) if kind == "decide" else edited_rules(desk)
+        before, after = pair
+        yield _trajectory(name, kind, before), _trajectory(f"{name}-after", kind, after)
 
 
 def _desk(rng: random.Random, english: English, families: Sequence[str], size: tuple[int, int], share: float) -> Desk:
@@ -171,13 +176,30 @@ def calls(desk: Desk, name: str) -> Trajectory:
 
 def decide(desk: Desk) -> Drill:
     """Every step that decides or calls with something, for a few items, in any order; their records are given."""
+    return _decisions(desk, [desk.task(1) for _ in range(desk.rng.randint(2, 4))], desk.rng.random())
+
+
+def edited_decisions(desk: Desk) -> tuple[Drill, Drill] | None:
+    """A drill in decisions, and the same after one rule was drawn again that changes what is right, if one does."""
+    tasks, order = [desk.task(1) for _ in range(desk.rng.randint(2, 4))], desk.rng.random()
+    system, asked, answer = _decisions(desk, tasks, order)
+    for name in desk.rng.sample(list(desk.said), len(desk.said)):
+        said = redrawn(desk.world, desk.said, name, desk.rng)
+        other = [task.model_copy(update={"goal": {**task.goal, "rules": said}}) for task in tasks]
+        edited = _decisions(replace(desk, said=said), other, order)
+        if edited[1] == asked and edited[2] != answer:
+            return (system, asked, answer), edited
+    return None
+
+
+def _decisions(desk: Desk, tasks: Sequence[Task], order: float) -> Drill:
     world, lines, asked, requests, records = desk.world, list[str](), list[str](), list[str](), list[str]()
-    for place in range(desk.rng.randint(2, 4)):
-        task = desk.task(1)
+    rng = random.Random(order)
+    for place, task in enumerate(tasks):
         goal, name = task.goal["items"][0], mark(place)
         clerk, seen = _informed(world, task)
         clerk.said = request(place, goal)
-        decided = list(_decided(world, clerk, goal, desk.rng))
+        decided = list(_decided(world, clerk, goal, rng))
         if decided:
             requests.append(clerk.said)
             asked += [f"{name} {step}" for step, _ in decided]
