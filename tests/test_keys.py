@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def test_a_key_names_its_tenant_and_only_its_hash_is_kept(tmp_path: Path) -> Non
     assert keys.caller("") is None and keys.caller(ours[:-1]) is None and keys.caller(path.read_text()) is None
     assert ours not in path.read_text() and len(ours) > 40
     assert all(keys.caller(one["sha256"]) is None for one in json.loads(path.read_text())["keys"])
+
+
+def test_keys_made_at_once_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "keys.json"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: add_key(path, f"tenant {number}"), range(24)))
+    keys = Keys(path)
+    assert [caller and caller.tenant for caller in map(keys.caller, made)] == [f"tenant {n}" for n in range(24)]
 
 
 def test_keys_come_and_go_while_it_runs_and_a_damaged_file_changes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import uuid
@@ -45,6 +46,21 @@ def appending(path: Path) -> Iterator[IO[str]]:
             yield file
     except OSError as error:
         raise _explain(error, path) from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within the block nobody else is in such a block for a file of the same directory, which is made if need be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise _explain(error, path) from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engrain.errors import InputError
-from engrain.files import replacing
+from engrain.files import alone, replacing
 
 
 class Caller(BaseModel):
@@ -68,11 +68,12 @@ class Everybody:
 def add_key(path: Path, tenant: str, most_at_once: int = 16, tokens_a_minute: int | None = None) -> str:
     """A new key for a tenant, its hash added to the file: the only time that the key is known. Raises `InputError`."""
     key = f"engrain-{secrets.token_urlsafe(32)}"
-    file = _load(path) if path.exists() else _File()
-    sha256 = _sha256(key)
-    file.keys.append(Caller(sha256=sha256, tenant=tenant, most_at_once=most_at_once, tokens_a_minute=tokens_a_minute))
-    with replacing(path) as written:
-        written.write(json.dumps(file.model_dump(), indent=1) + "\n")
+    caller = Caller(sha256=_sha256(key), tenant=tenant, most_at_once=most_at_once, tokens_a_minute=tokens_a_minute)
+    with alone(path):
+        file = _load(path) if path.exists() else _File()
+        file.keys.append(caller)
+        with replacing(path) as written:
+            written.write(json.dumps(file.model_dump(), indent=1) + "\n")
     return key
 
 
