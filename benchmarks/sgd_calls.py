@@ -1,11 +1,13 @@
-"""Exact match of service calls on dialogues that people paraphrased: SGD dev, services seen in training.
+"""Exact match of service calls on dialogues that people paraphrased: SGD dev, services seen in training or not.
 
 At each gold call turn the model reads the gold history and decodes one turn, constrained to a call of the dialogue's
 tools or an answer. A call is right if the method and every argument are. Intervals are 95% bootstraps over dialogues,
 not calls. So that "always call" does not pay, gold answer turns are decoded too and calls made there are counted.
-Nothing here reads a test split. The data (CC BY-SA 4.0) stays where it is.
+With `--schemas v1` (to v5) the services are worded as in SGD-X: the same dialogues and meaning, other names. Nothing
+here reads a test split. The data (CC BY-SA 4.0) stays where it is.
 
     python benchmarks/sgd_calls.py AGENT --data ../shared/data/sgd/dev.jsonl.gz -o sgd.json
+    python benchmarks/sgd_calls.py AGENT --services unseen --schemas v5
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from sgd_rewordings import Rewording
 
 from engrain.agent import MANIFEST, load_agent
 from engrain.dataset import import_file
 from engrain.engine import Engine, Request
 from engrain.files import replacing
-from engrain.formats.sgd import read_services
+from engrain.formats.sgd import read_services, schema_beside
 from engrain.model import Base, load_base
 from engrain.renderer import Renderer
 from engrain.score import Interval, matches
@@ -68,7 +71,7 @@ def load_arms(path: Path) -> dict[str, Arm]:
         arms = [
             Arm("base", agent.load_base, lambda: agent.renderer),
             Arm("base+tools", agent.load_base, lambda: agent.renderer, tools_in_prompt=True),
-            Arm("compiled", agent.load, lambda: agent.renderer),
+            Arm("compiled", agent.load, lambda: agent.renderer, bool(agent.manifest.config.get("keep_tools"))),
         ]
     else:
         base = load_base(path)
@@ -228,7 +231,8 @@ def _shown(message: Message) -> str:
 
 def table(report: dict[str, Any]) -> Table:
     made = Table(
-        title=f"SGD dev, seen services: {report['calls']} call turns of {report['dialogues']} dialogues",
+        title=f"SGD dev, {report['services']} services, schemas {report['schemas']}: {report['calls']} call turns of "
+        f"{report['dialogues']} dialogues",
         caption=f"Percent with 95% intervals over dialogues. Arguments by where they can be read. False calls: on "
         f"{report['answers']} turns where an answer is due. Prompt: mean tokens.",
     )
@@ -247,16 +251,20 @@ def table(report: dict[str, Any]) -> Table:
     return made
 
 
-def seen_dialogues(data: Path, train_schema: Path, results: int) -> list[Trajectory]:
-    """Dialogues all of whose services are in the training schema."""
+def chosen_dialogues(data: Path, train_schema: Path, results: int, services: str) -> list[Trajectory]:
+    """Dialogues all of whose services are in the training schema; or those none of whose are."""
     seen = read_services(train_schema).keys()
-    return [one for one in import_file(data, "sgd", results=results) if set(one.meta["services"].split(",")) <= seen]
+    every = import_file(data, "sgd", results=results)
+    named = [(set(one.meta["services"].split(",")), one) for one in every]
+    return [one for names, one in named if (names <= seen if services == "seen" else not names & seen)]
 
 
 def main(
     agent: Annotated[Path, typer.Argument(help="An agent directory, or a base directory for the base alone.")],
     data: Annotated[Path, typer.Option(help="SGD dialogues to score on.")] = Path("../shared/data/sgd/dev.jsonl.gz"),
     train_schema: Annotated[Path | None, typer.Option(help="Default: train/schema.json beside the data.")] = None,
+    services: Annotated[str, typer.Option(help="seen or unseen in training.")] = "seen",
+    schemas: Annotated[str, typer.Option(help="original, or a rewording of SGD-X: v1 to v5.")] = "original",
     arms: Annotated[str, typer.Option(help="base, base+tools, compiled; separated by commas.")] = "base,compiled",
     calls: Annotated[int, typer.Option(help="Call turns to score, drawn by --seed.")] = 1000,
     answers: Annotated[int, typer.Option(help="Answer turns to score for calls that should not be.")] = 300,
@@ -271,7 +279,12 @@ def main(
     """Score the arms on the same turns."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(threads)
-    dialogues = seen_dialogues(data, train_schema or data.parent / "train" / "schema.json", results)
+    if services not in ("seen", "unseen"):
+        raise typer.BadParameter(f"--services is seen or unseen, not {services!r}")
+    dialogues = chosen_dialogues(data, train_schema or data.parent / "train" / "schema.json", results, services)
+    if schemas != "original":
+        reworded = data.parent / "sgd_x" / "data" / schemas / data.name.split(".")[0] / "schema.json"
+        dialogues = list(map(Rewording.between(schema_beside(data), reworded), dialogues))
     turns = [turn for one in dialogues for turn in gold_turns(one)]
     draw = random.Random(seed)
     due = [turn for turn in turns if turn.gold.tool_calls]
@@ -281,6 +294,8 @@ def main(
     report: dict[str, Any] = {
         "agent": str(agent),
         "data": str(data),
+        "services": services,
+        "schemas": schemas,
         "seed": seed,
         "results": results,
         "calls": len(chosen),
