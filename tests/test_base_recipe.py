@@ -63,7 +63,7 @@ def test_contexts_come_in_three_depths_and_the_seed_decides(trajectories):
 
 
 def test_a_call_is_few_tokens_and_numbers_are_digits():
-    tokenizer = train_tokenizer((text for t in worlds_trajectories(3, 80) for text in make.texts_of(t)), 1500)
+    tokenizer = train_tokenizer((text for t in worlds_trajectories(3, 160) for text in make.texts_of(t)), 1500)
     call = '<tool_call>{"name": "get_order", "arguments": {"order_id": "A4821"}}</tool_call>'
     tokens = [str(tokenizer.decode([token])) for token in tokenizer.encode(call, add_special_tokens=False)]
     assert "".join(tokens) == call and len(tokens) <= 16

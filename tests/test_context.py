@@ -259,6 +259,18 @@ def place(lines: list[Line], mode: Literal["slow", "fast"] | None = None, note: 
     """
 
 
+def test_a_schema_does_not_depend_on_tools_that_were_read_before():
+    def other(days: str | int = 3) -> None:
+        """Another."""
+
+    def same(days: int | str = 3) -> None:
+        """The same."""
+
+    kinds = [from_function(one).schema()["function"]["parameters"] for one in (other, same, other)]
+    orders = [[branch["type"] for branch in kind["properties"]["days"]["anyOf"]] for kind in kinds]
+    assert orders == [["string", "integer"], ["integer", "string"], ["string", "integer"]]
+
+
 def test_a_schema_is_a_rule_for_the_tool_and_one_for_each_parameter():
     assert tool_section(from_function(place).schema()).rules == (
         "place: Place an order",

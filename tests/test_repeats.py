@@ -9,7 +9,7 @@ from desk import workflow
 
 from engrain.compiled_policy import CompiledPolicy, Decoder
 from engrain.errors import InputError
-from engrain.policy import ScriptTeacher
+from engrain.policy import ReplayTeacher, ScriptTeacher
 from engrain.repeats import numbered, sampled
 from engrain.trajectory import Trajectory
 from engrain.turn import Sampling
@@ -31,8 +31,9 @@ def test_a_compiled_policy_draws_in_each_trial_on_one_engine() -> None:
     assert sampled(greedy, 0.0, 1, "lora") is greedy
 
 
-def test_what_cannot_draw_is_refused() -> None:
-    teacher = ScriptTeacher(workflow)
-    assert sampled(teacher, 0.0, 1, "teacher") is teacher
-    with pytest.raises(InputError, match="arm 'teacher' cannot be sampled; leave it out of --arms"):
-        sampled(teacher, 0.7, 1, "teacher")
+def test_what_cannot_draw_is_refused_and_a_teacher_has_nothing_to_draw() -> None:
+    teacher, replay = ScriptTeacher(workflow), ReplayTeacher([])
+    assert sampled(teacher, 0.7, 1, "teacher") is teacher
+    assert sampled(replay, 0.0, 1, "replay") is replay
+    with pytest.raises(InputError, match="arm 'replay' cannot be sampled; leave it out of --arms"):
+        sampled(replay, 0.7, 1, "replay")

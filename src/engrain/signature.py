@@ -50,7 +50,12 @@ def read_signature(function: Callable[..., Any], name: str, state: type | None) 
     try:
         adapter = TypeAdapter[Any](_arguments_type(name, parameters, hints, documented))
         full = adapter.json_schema()
-    except (PydanticUserError, NameError) as error:
+    except (
+        PydanticUserError,
+        NameError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last two: typing, of what is no type
         raise WorkflowError(f"tool {name!r}: a type hint has no JSON Schema: {str(error).splitlines()[0]}") from error
     schema = {"type": "object", "properties": {}, **flat_schema(full)}
     for parameter in parameters:
@@ -83,7 +88,7 @@ def _arguments_type(
             raise WorkflowError(f"tool {name!r}: parameter {parameter.name!r} has no type hint; add one")
         if isinstance(parameter.default, FieldInfo):
             raise WorkflowError(f"tool {name!r}: write {parameter.name!r} as Annotated[type, Field(...)] = default")
-        hint = hints[parameter.name]
+        hint = Annotated[hints[parameter.name], object()]  # else typing gives `str | int` where `int | str` came before
         if parameter.name in documented:
             hint = Annotated[hint, Field(description=documented[parameter.name])]
         fields[parameter.name] = hint if parameter.default is parameter.empty else NotRequired[hint]
