@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-PADDED = 16
+PADDED = 8
 MOST_ROWS = 64
 Run = Callable[[Sequence[int], int], Sequence[Tensor]]
 """Numbers of rows, padded to so many tokens, to tensors that begin with `rows tokens`."""
