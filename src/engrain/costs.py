@@ -1,7 +1,7 @@
 """What ways of adapting an agent cost in all, and after how many requests one has paid for another.
 
-Costs are CPU seconds, which also stand for energy: before the first request, after each change of a rule, and for each
-request. Invariant: a way is never picked for its price if it was shown to succeed less often than another.
+Costs are seconds on the machine at hand: before the first request, after each change of a rule, and for each request.
+Invariant: a way is never picked for its price if it was shown to succeed less often than another.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ class Spent:
     """Of this process and of those that it has waited for."""
 
     seconds: float
-    cpu_seconds: float
+    cpu_seconds: float | None
+    """They stand for energy; None where they were not counted."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way, as measured: CPU seconds `once`, for each `change` of a rule and for each `request`."""
+class Priced:
+    """One way, as measured: seconds `once`, for each `change` of a rule and for each `request`."""
 
     name: str
     once: float
@@ -37,7 +38,7 @@ class Method:
     """By task: a share of its runs. All methods met the same tasks."""
 
     def total(self, requests: float, changes: float = 0.0) -> float:
-        """CPU seconds for so many requests and changes."""
+        """Seconds for so many requests and changes."""
         return self.once + self.change * changes + self.request * requests
 
 
@@ -55,7 +56,7 @@ def spending() -> Iterator[Callable[[], Spent]]:
         ended.append(spent())
 
 
-def break_even(usual: Method, other: Method, changes_per_request: float = 0.0) -> float:
+def break_even(usual: Priced, other: Priced, changes_per_request: float = 0.0) -> float:
     """Requests from which on `other` has cost no more than `usual`: 0 if from the first, infinity if never for good."""
     dearer = other.once - usual.once
     saved = usual.request - other.request + (usual.change - other.change) * changes_per_request
@@ -64,7 +65,7 @@ def break_even(usual: Method, other: Method, changes_per_request: float = 0.0) -
     return dearer / saved if dearer > 0 and saved > 0 else math.inf
 
 
-def pick(methods: Sequence[Method], requests: float, changes: float = 0.0, *, seed: int = 0) -> Method:
+def pick(methods: Sequence[Priced], requests: float, changes: float = 0.0, *, seed: int = 0) -> Priced:
     """The cheapest of those that were not shown to succeed less often than the best. Raises `InputError` for none."""
     if not methods:
         raise InputError("no method to pick from; measure at least one arm")
@@ -73,7 +74,7 @@ def pick(methods: Sequence[Method], requests: float, changes: float = 0.0, *, se
     return min(good, key=lambda one: one.total(requests, changes))
 
 
-def _worse(method: Method, best: Method, seed: int) -> bool:
+def _worse(method: Priced, best: Priced, seed: int) -> bool:
     """Whether the whole interval of the difference lies below 0."""
     return paired_difference(method.successes, best.successes, seed=seed).high < 0
 

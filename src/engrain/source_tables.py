@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from engrain.canary import Leaks
-from engrain.costs import Method as Priced
-from engrain.costs import Spent, break_even, pick
+from engrain.costs import Priced, Spent, break_even, pick
+from engrain.facts import foreign
 from engrain.orchestrated import META
 from engrain.page import Block, Document, Notes, Table
 from engrain.plots import plots, reduced
 from engrain.score import Interval, bootstrap, paired_difference, step_seconds, succeeded, successes, verdict, written
 from engrain.sources import COMPILED, NA, SEEN, Measured, Method
-from engrain.trajectory import Trajectory
+from engrain.trajectory import Message, Trajectory
 
 ADAPTS = {
     "prompt": "the prompt", "few_shot": "the prompt: worked examples", "rag": "the prompt: rules found, of all tenants",
@@ -30,12 +30,20 @@ ADAPTS = {
     "hypernetwork": "weights, for each tenant", "hypernetwork_rag": "weights, for each tenant, and facts found",
 }  # fmt: skip
 """What changes when a rule does, by arm."""
-PARTS = {
-    "base": 1, "prompt": 2, "few_shot": 3, "rag": 4, "rag_strict": 5, "orchestrated": 7, "lora": 1, "full": 1,
-    "hypernetwork": 2, "hypernetwork_rag": 4,
-}  # fmt: skip
-"""What must run and be kept in step, by arm: models, prompts, examples, indexes, embedders, rerankers, graph nodes,
-servers and clients."""
+PARTS: Mapping[str, Sequence[str]] = {
+    "base": ("model",),
+    "prompt": ("model", "prompt"),
+    "few_shot": ("model", "prompt", "examples"),
+    "rag": ("model", "prompt", "index", "embedder"),
+    "rag_strict": ("model", "prompt", "index", "embedder", "reranker"),
+    "orchestrated": ("model", "server", "client", "planner", "executor", "validator", "prompts"),
+    "lora": ("model",),
+    "full": ("model",),
+    "hypernetwork": ("model", "hypernetwork"),
+    "hypernetwork_rag": ("model", "hypernetwork", "index", "embedder"),
+    "teacher": ("code",),
+}
+"""What must run and be kept in step, by arm; counted by hand, beside the tools and the runtime that all have."""
 USUAL = ("prompt", "few_shot", "rag_strict", "orchestrated")
 REQUESTS, CHANGES = (100, 10_000, 1_000_000), (0, 100)
 RESAMPLES = 2_000
@@ -75,7 +83,7 @@ def adaptation(measured: Measured) -> Table:
             name, adapts, *_spent(method.update), f"{method.megabytes:.1f}", *_step(method),
             *(_success(method.runs.get(role)) for role in measured.roles),
             method.forgets.percent() if isinstance(method.forgets, Interval) else NONE,
-            f"{100 * method.foreign:.1f}", *_leaks(method.leaks),
+            _share(sum(bool(foreign(run)) for run in method.runs[SEEN]), len(method.runs[SEEN])), *_leaks(method.leaks),
         ))  # fmt: skip
     return Table(headings, tuple(rows), "Ways to adapt an agent")
 
@@ -88,17 +96,16 @@ def orchestration(measured: Measured) -> Table:
         *(f"{kind} %" for kind in kinds), "moving parts",
     )  # fmt: skip
     rows = []
-    for name in (*PARTS, "teacher"):
+    for name in PARTS:
         method = measured.methods.get(name)
         if method is None:
             rows.append((name, *[NONE] * (len(headings) - 1)))
             continue
         read, wrote, seconds = _step(method)
         runs = method.runs[SEEN]
-        failed = (f"{100 * sum(method.kinds[kind].values()) / len(runs):.1f}" for kind in kinds)
-        calls = f"{_calls(runs):.1f}" if name != "teacher" else "0"
-        parts = str(PARTS.get(name, 1))
-        rows.append((name, _success(runs), seconds, read, wrote, calls, *failed, parts))
+        failed = (_share(sum(method.kinds[kind].values()), len(runs)) for kind in kinds)
+        calls = _mean(_calls(runs), runs, 1) if name != "teacher" else "0"
+        rows.append((name, _success(runs), seconds, read, wrote, calls, *failed, str(len(PARTS[name]))))
     return Table(headings, tuple(rows), "Orchestrated beside compiled")
 
 
@@ -171,12 +178,11 @@ def _beside(first: str, one: Method, second: str, other: Method) -> str:
 
 
 def _priced(name: str, method: Method) -> Priced | None:
-    """CPU seconds stand for cost; a request costs what its steps take one at a time."""
+    """A request costs what its steps take one at a time."""
     if not isinstance(method.update, Spent) or not method.alone:
         return None
     request = sum(step_seconds(method.alone)) / len(method.alone)
-    once = method.once if isinstance(method.once, float) else 0.0
-    return Priced(name, once, method.update.cpu_seconds, request, successes(method.runs[SEEN]))
+    return Priced(name, method.once, method.update.seconds, request, successes(method.runs[SEEN]))
 
 
 def _step(method: Method) -> tuple[str, str, str]:
@@ -186,17 +192,18 @@ def _step(method: Method) -> tuple[str, str, str]:
     return read, wrote, _median(method.alone)
 
 
-def _turns(runs: Sequence[Trajectory]) -> list[Any]:
+def _turns(runs: Sequence[Trajectory]) -> list[Message]:
     return [turn for run in runs for turn in run.messages if turn.role == "assistant"]
 
 
-def _mean(values: Sequence[float | None], runs: Sequence[Trajectory]) -> str:
+def _mean(values: Sequence[float | None], runs: Sequence[Trajectory], digits: int = 0) -> str:
+    """Of a value for each turn."""
     tasks = [run.task for run in runs for turn in run.messages if turn.role == "assistant"]
     known = [(value, task) for value, task in zip(values, tasks, strict=True) if value is not None]
     if not known:
         return NONE
     found = bootstrap([value for value, _ in known], [task for _, task in known], resamples=RESAMPLES)
-    return f"{found.mean:.0f} [{found.low:.0f}, {found.high:.0f}]"
+    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def _median(runs: Sequence[Trajectory]) -> str:
@@ -211,11 +218,16 @@ def _median(runs: Sequence[Trajectory]) -> str:
     return f"{np.median(np.concatenate(tasks)):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _calls(runs: Sequence[Trajectory]) -> float:
-    """Calls of the model a step."""
-    turns = sum(run.steps for run in runs)
-    costs = (json.loads(run.meta[META]) if META in run.meta else [{"model_calls": run.steps}] for run in runs)
-    return sum(cost["model_calls"] for run in costs for cost in run) / max(1, turns)
+def _calls(runs: Sequence[Trajectory]) -> list[float]:
+    """Calls of the model for each turn."""
+    once = {"model_calls": 1}
+    costs = (json.loads(run.meta[META]) if META in run.meta else [once] * run.steps for run in runs)
+    return [cost["model_calls"] for run in costs for cost in run]
+
+
+def _share(count: int, of: int) -> str:
+    """Of runs, one a task, in percent."""
+    return bootstrap([1.0] * count + [0.0] * (of - count), resamples=RESAMPLES).percent() if of else NONE
 
 
 def _success(runs: Sequence[Trajectory] | None) -> str:
@@ -227,7 +239,7 @@ def _success(runs: Sequence[Trajectory] | None) -> str:
 def _spent(update: Spent | str) -> tuple[str, str]:
     if isinstance(update, str):
         return NONE, NONE
-    return f"{update.seconds:.3g}", f"{update.cpu_seconds:.3g}"
+    return f"{update.seconds:.3g}", NONE if update.cpu_seconds is None else f"{update.cpu_seconds:.3g}"
 
 
 def _leaks(found: Leaks | str) -> tuple[str, str]:

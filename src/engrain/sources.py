@@ -21,7 +21,7 @@ from engrain.controls import CONTROLS
 from engrain.costs import Spent, spending
 from engrain.errors import InputError
 from engrain.evaluate import Plan, Progress, evaluate
-from engrain.facts import MiniLM, foreign
+from engrain.facts import MiniLM
 from engrain.files import replacing
 from engrain.policy import Policy
 from engrain.probe import Suite, attempts
@@ -75,13 +75,11 @@ class Method:
     kinds: Mapping[str, Mapping[str, int]]
     """Failed runs of the seen tenants by kind and how."""
     leaks: Leaks | str
-    foreign: float
-    """Share of runs in whose prompts retrieval put another tenant's rule."""
     update: Spent | str
     """From the change of a rule until it is acted on."""
     forgets: Interval | str
     """General probes, adapted minus base."""
-    once: float | str
+    once: float
     """Seconds of compiling."""
     megabytes: float
 
@@ -132,7 +130,6 @@ def measure(
             list(read_trajectories(out / "seen" / f"{arm.name}.{there[SEEN]}.latency.jsonl")),
             seen.failure_kinds[arm.name][there[SEEN]],
             leaking.get(arm.name, f"{NA}this arm has no tenants' rules to leak"),
-            sum(bool(foreign(run)) for run in runs[SEEN]) / max(1, len(runs[SEEN])),
             _once(out / "updates" / f"{arm.name}.json", partial(update, arm.name, agent, workflow)),
             general(agents[0], agent, workflow) if agent else f"{NA}the weights are the base's",
             agent.manifest.seconds if agent else 0.0,
@@ -175,13 +172,17 @@ def _leaks(
 
 
 def update(arm: str, agent: Agent | None, workflow: Workflow) -> Spent | str:
-    """What it takes from the change of a rule until the arm can act on it, or why that is no question here."""
+    """What it takes from the change of a rule until the arm can act on it, or why that is no question here.
+
+    Weights are compiled again, which took what the manifest says: seconds, not CPU seconds. A prompt is another text at
+    once, and every request pays for reading it.
+    """
     rule = next((rule for section in workflow.tenants.values() for rule in section.rules), "")
     if arm in ("base", "teacher") or not rule:
         return f"{NA}it reads no rules"
     if arm in ("lora", "full"):
         assert agent is not None
-        return Spent(agent.manifest.seconds, float(agent.manifest.training.get("cpu_seconds", agent.manifest.seconds)))
+        return Spent(agent.manifest.seconds, None)
     if arm in ("rag", "rag_strict"):
         embed = MiniLM()
         with spending() as spent:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engrain import compare as comparing
     from engrain import evaluate as evaluation
     from engrain import probe as probing
+    from engrain import sources
     from engrain.agent import Agent
     from engrain.workflow import Workflow
 
@@ -46,6 +47,7 @@ def evaluate(
 ) -> None:
     """Measure arms on splits. A finished arm and split is not run again."""
     from engrain import evaluate as evaluation
+    from engrain import sources
     from engrain.agent import load_agent
     from engrain.arms import agent_arms, default_arms
     from engrain.cli import terminal
@@ -58,10 +60,11 @@ def evaluate(
     source = attached(place, workflow)
     facts = (place if place.is_dir() else place.parent) / "facts"
     if suite:
-        if suite != "sources" or arms or split:
-            raise InputError("the suite is called `sources` and chooses its own arms and splits; leave out --arms and "
-                             "--split, or --suite")  # fmt: skip
-        return _sources(source, agents, facts, quick, seed, parallel, output, json)
+        if suite != "sources" or arms or split or trials > 1 or temperature:
+            raise InputError("the suite is called `sources`, chooses its own arms and splits and decodes greedily; "
+                             "leave out --arms, --split, --trials and --temperature, or --suite")  # fmt: skip
+        sizes = sources.QUICK if quick else sources.Sizes(n, max(1, n // 5), latency, replace(UNTIMED, steps=steps))
+        return _sources(source, agents, facts, sizes, seed, parallel, output, json)
     splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
     plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps), trials, temperature)
     with terminal.evaluating() as progress:
@@ -71,8 +74,8 @@ def evaluate(
 
 
 def _sources(
-    workflow: Workflow, agents: Sequence[Agent], facts: Path, quick: bool, seed: int, parallel: int, output: Path,
-    json: bool,
+    workflow: Workflow, agents: Sequence[Agent], facts: Path, sizes: sources.Sizes, seed: int, parallel: int,
+    output: Path, json: bool,
 ) -> None:  # fmt: skip
     from engrain import probe as probing
     from engrain import source_tables, sources
@@ -83,7 +86,6 @@ def _sources(
     suite = probing.load_suite(probing.SUITE) if probing.SUITE.is_dir() else ()
     try:
         with terminal.evaluating() as progress:
-            sizes = sources.QUICK if quick else sources.Sizes()
             measured = sources.measure(
                 workflow, agents, sizes, output, facts=facts, suite=suite, seed=seed, parallel=parallel,
                 progress=progress,
