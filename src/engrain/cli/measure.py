@@ -17,10 +17,10 @@ from engrain.errors import InputError, ModelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from engrain import claims
     from engrain import compare as comparing
     from engrain import evaluate as evaluation
     from engrain import probe as probing
-    from engrain import sources
     from engrain.agent import Agent
     from engrain.workflow import Workflow
 
@@ -46,8 +46,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure arms on splits. A finished arm and split is not run again."""
+    from engrain import claims
     from engrain import evaluate as evaluation
-    from engrain import sources
     from engrain.agent import load_agent
     from engrain.arms import agent_arms, default_arms
     from engrain.cli import terminal
@@ -63,7 +63,7 @@ def evaluate(
         if suite != "sources" or arms or split or trials > 1 or temperature:
             raise InputError("the suite is called `sources`, chooses its own arms and splits and decodes greedily; "
                              "leave out --arms, --split, --trials and --temperature, or --suite")  # fmt: skip
-        sizes = sources.QUICK if quick else sources.Sizes(n, max(1, n // 5), latency, replace(UNTIMED, steps=steps))
+        sizes = claims.QUICK if quick else claims.Sizes(n, max(1, n // 5), latency, replace(UNTIMED, steps=steps))
         return _sources(source, agents, facts, sizes, seed, parallel, output, json)
     splits = tuple(_listed(split) or [name for name in source.splits if name != "train"])
     plan = evaluation.Plan(splits, n, latency, seed, parallel, replace(UNTIMED, steps=steps), trials, temperature)
@@ -74,11 +74,11 @@ def evaluate(
 
 
 def _sources(
-    workflow: Workflow, agents: Sequence[Agent], facts: Path, sizes: sources.Sizes, seed: int, parallel: int,
+    workflow: Workflow, agents: Sequence[Agent], facts: Path, sizes: claims.Sizes, seed: int, parallel: int,
     output: Path, json: bool,
 ) -> None:  # fmt: skip
+    from engrain import claim_tables, claims
     from engrain import probe as probing
-    from engrain import source_tables, sources
     from engrain.cli import terminal
     from engrain.page import REPORT, TABLE, WEB, write_report
     from engrain.page import Table as Shown
@@ -86,21 +86,21 @@ def _sources(
     suite = probing.load_suite(probing.SUITE) if probing.SUITE.is_dir() else ()
     try:
         with terminal.evaluating() as progress:
-            measured = sources.measure(
+            measured = claims.measure(
                 workflow, agents, sizes, output, facts=facts, suite=suite, seed=seed, parallel=parallel,
                 progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; finished arms lie in {output}, the same command goes on") from None
-    page = source_tables.document(measured)
-    write_report(output, source_tables.totals(measured), page)
+    page = claim_tables.document(measured)
+    write_report(output, claim_tables.totals(measured), page)
     if json:
-        return terminal.print_json(source_tables.totals(measured))
+        return terminal.print_json(claim_tables.totals(measured))
     for block in page.blocks:
         if isinstance(block, Shown):
             typer.echo(f"\n{block.caption}")
             terminal.print_table(block.headings, block.rows, [])
-    for line in source_tables.notes(measured):
+    for line in claim_tables.notes(measured):
         typer.echo(line)
     typer.echo(f"written: {', '.join(str(output / name) for name in (REPORT, TABLE, WEB))}")
 

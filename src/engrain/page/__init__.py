@@ -6,14 +6,14 @@
     charts       plots as SVG
     web, text    the page, and the tables and notes as Markdown
     directory    report.json, report.md and report.html
-    marks        tables of committed reports in the README
+    marked       tables of committed reports in the README
 
 Invariant: whatever a report's words are, they are text on the page; a number that is missing is a gap, never a mark.
 """
 
 from engrain.page.directory import REPORT, TABLE, WEB, read_page, write_report
 from engrain.page.document import Block, Distribution, Document, Lines, Notes, Point, Table
-from engrain.page.marks import filled
+from engrain.page.marked import filled
 from engrain.page.text import markdown
 from engrain.page.web import html
 

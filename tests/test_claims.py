@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from test_facts import bags
 
-from engrain import arms, sources
+from engrain import arms, claims
 from engrain.agent import load_agent
+from engrain.claim_tables import NONE, adaptation, document, notes, orchestration, paying, totals
+from engrain.claims import Measured, Sizes, measure
 from engrain.compiled_policy import CompiledPolicy
 from engrain.costs import Spent
 from engrain.facts import foreign
 from engrain.page import Table, read_page, write_report
 from engrain.rollout import Budget
-from engrain.source_tables import NONE, adaptation, document, notes, orchestration, paying, totals
-from engrain.sources import Measured, Sizes, measure
 from engrain.workflow import load_workflow
 
 SIZES = Sizes(tasks=4, fewer=2, latency=1, budget=Budget(steps=6, seconds=1e6))
@@ -39,9 +39,9 @@ def measured(agent: Path, hyper_agent: Path, library: Path, place: Path) -> Iter
         defaults = {**(CompiledPolicy.__init__.__kwdefaults__ or {}), "max_new": 8}
         patch.setattr(CompiledPolicy.__init__, "__kwdefaults__", defaults)
         patch.setattr(arms, "_need", lambda name, extra, *modules: None)
-        for module in (arms, sources):
+        for module in (arms, claims):
             patch.setattr(module, "MiniLM", lambda: bags)
-        patch.setattr(sources, "ARMS", tuple(name for name in sources.ARMS if name != "orchestrated"))
+        patch.setattr(claims, "ARMS", tuple(name for name in claims.ARMS if name != "orchestrated"))
         agents = [load_agent(agent), load_agent(hyper_agent)]
         yield measure(load_workflow(library), agents, SIZES, place, parallel=4)
 
@@ -65,7 +65,7 @@ def test_what_is_finished_is_not_run_again(measured: Measured, agent: Path, libr
     first = measured.methods["lora"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompiledPolicy, "__call__", lambda self, episodes: pytest.fail("it ran again"))
-        patch.setattr(sources, "ARMS", ("lora", "teacher"))
+        patch.setattr(claims, "ARMS", ("lora", "teacher"))
         again = measure(load_workflow(library), [load_agent(agent)], SIZES, place, parallel=4)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert again.methods["lora"].update == first.update and again.methods["lora"].runs == first.runs
