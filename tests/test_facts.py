@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,9 @@ from engrain import facts
 from engrain.errors import InputError, WorkflowError
 from engrain.facts import (
     RETRIEVED,
-    Exact,
     Fact,
-    Lance,
+    Index,
     MiniLM,
-    Search,
     Stored,
     Words,
     foreign,
@@ -48,14 +45,8 @@ def bags(texts: Sequence[str]) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def lance(known: Sequence[Fact], embed: facts.Embed) -> Search:
-    pytest.importorskip("lancedb")
-    return Lance(known, embed)
-
-
-@pytest.mark.parametrize("opened", [Exact, lance])
-def test_a_tenant_is_never_shown_what_belongs_to_others(opened: Callable[..., Search]) -> None:
-    search = opened(KNOWN, bags)
+def test_a_tenant_is_never_shown_what_belongs_to_others() -> None:
+    search = Index(KNOWN, bags)
     for query in ("Refund A12, please: 100 euros!", "o'hara \"quoted AND (", "", "zzz"):
         for tenant in ("acme", "globex", "o'hara", "nobody"):
             found = search(query, 10, tenant)
@@ -63,18 +54,6 @@ def test_a_tenant_is_never_shown_what_belongs_to_others(opened: Callable[..., Se
     assert set(search("refund", 10)) == set(KNOWN)
     assert set(search("refund at most how many euros", 2)) == set(KNOWN[:2])
     assert search("refund to a gift card", 1) == [KNOWN[5]] != search("refund to a gift card", 1, "acme")
-
-
-def test_many_texts_go_to_a_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(facts.open_index(KNOWN, bags), Exact)
-    monkeypatch.setattr(facts, "LARGE", len(KNOWN))
-    monkeypatch.setitem(sys.modules, "lancedb", None)
-    with pytest.raises(InputError, match=r"6 texts need LanceDB.*engrain\[retrieval\]"):
-        facts.open_index(KNOWN, bags)
-    monkeypatch.undo()
-    pytest.importorskip("lancedb")
-    monkeypatch.setattr(facts, "LARGE", len(KNOWN))
-    assert isinstance(facts.open_index(KNOWN, bags), Lance)
 
 
 def test_rare_words_count_for_more_and_long_texts_for_less() -> None:

@@ -23,11 +23,10 @@ from engrain.facts import (
     RETRIEVED,
     Embed,
     Fact,
+    Index,
     MiniLM,
-    Search,
     Stored,
     Words,
-    open_index,
     read_facts,
     record,
     rules,
@@ -233,9 +232,9 @@ def retrieval(
     those near the best."""
 
     @cache
-    def opened() -> tuple[Search, Embed]:
+    def opened() -> tuple[Index, Embed]:
         stored = Stored(embed(), [fact.text for fact in found])
-        return open_index(found, stored), stored
+        return Index(found, stored), stored
 
     def added(task: Task) -> Added:
         (search, stored), request, started = opened(), task.request, time.perf_counter()

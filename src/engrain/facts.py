@@ -3,8 +3,7 @@
 Hybrid search: BM25 and sentence embeddings, their rankings fused by reciprocal rank. Invariant: with a tenant named,
 nothing that belongs to others alone is ever looked at: the namespace is a filter before the search, not after it.
 
-Search is exact, in memory: the best that an index can find, and at this size faster than any database. From `LARGE`
-texts on LanceDB does it (extra `retrieval`).
+Search is exact, in memory: the best that any index can find. Some ten thousand texts are few for it.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ import importlib
 import json
 import math
 import re
-import shutil
-import tempfile
-import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +25,6 @@ from engrain.errors import InputError
 from engrain.trajectory import Trajectory
 from engrain.workflow import Workflow
 
-LARGE = 100_000
-"""Texts from which on a database pays."""
 SHARED = "shared"
 """`facts/shared.md` belongs to every tenant."""
 RETRIEVED = "retrieved"
@@ -49,12 +43,6 @@ class Fact:
 
     def of(self, tenant: str) -> bool:
         return not self.tenants or tenant in self.tenants
-
-
-class Search(Protocol):
-    def __call__(self, query: str, most: int, tenant: str | None = None, /) -> list[Fact]:
-        """The best, best first; without a tenant, those of all tenants."""
-        ...
 
 
 def rules(workflow: Workflow) -> list[Fact]:
@@ -112,7 +100,7 @@ class Words:
         return scores
 
 
-class Exact:
+class Index:
     """Hybrid search in memory."""
 
     def __init__(self, facts: Sequence[Fact], embed: Embed) -> None:
@@ -120,7 +108,8 @@ class Exact:
         texts = [fact.text for fact in facts]
         self._words, self._vectors = Words(texts), embed(texts)
 
-    def __call__(self, query: str, most: int, tenant: str | None = None, /) -> list[Fact]:
+    def __call__(self, query: str, most: int, tenant: str | None = None) -> list[Fact]:
+        """The best, best first; without a tenant, those of all tenants."""
         rows = np.array([row for row, fact in enumerate(self._facts) if tenant is None or fact.of(tenant)], dtype=int)
         if not len(rows):
             return []
@@ -135,44 +124,6 @@ def _reciprocal_ranks(scores: np.ndarray, k: int = 60) -> np.ndarray:
     ranks = np.empty(len(scores))
     ranks[order] = np.arange(1, len(scores) + 1)
     return np.where(scores != 0, 1 / (k + ranks), 0.0)
-
-
-class Lance:
-    """Hybrid search by LanceDB, in a folder of its own unless given one; the namespace is a prefilter."""
-
-    def __init__(self, facts: Sequence[Fact], embed: Embed, folder: Path | None = None) -> None:
-        if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="engrain-facts-"))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        lancedb: Any = importlib.import_module("lancedb")
-        index: Any = importlib.import_module("lancedb.index")
-        self._facts, self._embed = list(facts), embed
-        vectors = embed([fact.text for fact in facts]).tolist()
-        rows = [
-            {"row": row, "vector": vector, "text": fact.text, "tenants": list(fact.tenants), "shared": not fact.tenants}
-            for row, (fact, vector) in enumerate(zip(facts, vectors, strict=True))
-        ]
-        self._table = lancedb.connect(str(folder)).create_table("facts", rows, mode="overwrite")
-        self._table.create_index("text", config=index.FTS())
-
-    def __call__(self, query: str, most: int, tenant: str | None = None, /) -> list[Fact]:
-        search = self._table.search(query_type="hybrid").vector(self._embed([query])[0].tolist()).text(query or " ")
-        if tenant is not None:
-            name = tenant.replace("'", "''")
-            search = search.where(f"shared OR array_has(tenants, '{name}')", prefilter=True)
-        return [self._facts[found["row"]] for found in search.limit(most).to_list()]
-
-
-def open_index(facts: Sequence[Fact], embed: Embed) -> Search:
-    """An index of the facts. Raises `InputError` if there are so many that they need LanceDB and it is missing."""
-    if len(facts) < LARGE:
-        return Exact(facts, embed)
-    try:
-        return Lance(facts, embed)
-    except ImportError as error:
-        raise InputError(
-            f"{len(facts)} texts need LanceDB to search; install it with: pip install 'engrain[retrieval]'"
-        ) from error
 
 
 def strict(query: str, found: Sequence[Fact], embed: Embed, least: float = 0.8) -> list[Fact]:
