@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engrain.agent import load_agent
+from engrain.budget import UNTIMED
 from engrain.engine import Engine
-from engrain.rollout import UNTIMED, rollout
+from engrain.rollout import rollout
 from engrain.workflow import load_workflow
 
 

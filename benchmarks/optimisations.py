@@ -23,9 +23,10 @@ from rich.table import Table
 
 from engrain import engine as engine_module
 from engrain.agent import load_agent
+from engrain.budget import UNTIMED
 from engrain.engine import LONGEST_DRAFT, Engine
 from engrain.policy import Episode, Policy
-from engrain.rollout import UNTIMED, rollout
+from engrain.rollout import rollout
 from engrain.trajectory import Message
 from engrain.workflow import load_workflow
 

@@ -14,13 +14,14 @@ from test_facts import bags
 from engrain import arms
 from engrain.agent import load_agent
 from engrain.arms import agent_arms, retrieval, worked_examples
+from engrain.budget import Budget
 from engrain.compiled_policy import CompiledPolicy
 from engrain.context import Section
 from engrain.errors import InputError
 from engrain.evaluate import Plan, evaluate
 from engrain.facts import RETRIEVED, foreign, rules
 from engrain.policy import ScriptTeacher
-from engrain.rollout import Added, Budget, rollout
+from engrain.rollout import Added, rollout
 from engrain.task import Task
 from engrain.trajectory import read_trajectories
 from engrain.workflow import Workflow, load_workflow

@@ -13,6 +13,7 @@ from desk import workflow as desk
 
 from engrain.adapter import ConstantAdapter, save_peft
 from engrain.adapters import Adapters
+from engrain.budget import Budget
 from engrain.cli import invoke
 from engrain.compare import OURS, Arm, arms, compare
 from engrain.context import Context
@@ -24,7 +25,6 @@ from engrain.learned import Settings
 from engrain.model import load_base, sites
 from engrain.policy import Episode, ScriptTeacher
 from engrain.probe import Capability, Plan, Subject, Trial, WholeTask
-from engrain.rollout import Budget
 from engrain.trajectory import Message, read_trajectories
 
 PLAN = Plan(tasks=4, seeds=2, parallel=2)

@@ -12,12 +12,13 @@ import torch
 
 from engrain.adapter import delta_weight
 from engrain.agent import MANIFEST, find_base, load_agent
+from engrain.budget import Budget
 from engrain.compile import CompileConfig, compile_workflow
 from engrain.context import Section
 from engrain.errors import InputError, ModelError, WorkflowError
 from engrain.hypernetwork import load_hypernetwork, save_hypernetwork
 from engrain.policy import Episode
-from engrain.rollout import Budget, rollout
+from engrain.rollout import rollout
 from engrain.source import by_phase, compiled_form
 from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories, write_trajectories
 from engrain.work import work_directory

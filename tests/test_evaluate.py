@@ -13,12 +13,12 @@ import pytest
 from engrain.adapters import Adapters
 from engrain.agent import load_agent
 from engrain.arms import Arm, agent_arms, default_arms
+from engrain.budget import Budget
 from engrain.context import Context
 from engrain.errors import InputError
 from engrain.evaluate import Plan, evaluate
 from engrain.page import Distribution, Lines, Notes, Table, read_page
 from engrain.policy import Episode, Policy, ScriptTeacher
-from engrain.rollout import Budget
 from engrain.trajectory import Message, read_trajectories
 from engrain.workflow import Workflow, load_workflow
 

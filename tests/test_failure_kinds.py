@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from desk import call, say, workflow
 
+from engrain.budget import Budget
 from engrain.failure_kinds import KINDS, Failure, departure, failure, failure_kinds, said, total
 from engrain.policy import Episode, ScriptTeacher
-from engrain.rollout import Budget, rollout
+from engrain.rollout import rollout
 from engrain.task import Fault, Task
 from engrain.trajectory import Message, Trajectory
 

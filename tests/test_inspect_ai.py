@@ -26,10 +26,11 @@ from inspect_ai.tool import ToolFunction, ToolInfo
 from serving import AGENT, DESK
 
 from engrain.agent import load_agent
+from engrain.budget import UNTIMED
 from engrain.errors import InputError
 from engrain.inspect_ai.messages import from_inspect, to_inspect
 from engrain.inspect_ai.task import workflow
-from engrain.rollout import UNTIMED, rollout
+from engrain.rollout import rollout
 from engrain.trajectory import Message, ToolCall
 from engrain.workflow import Workflow
 

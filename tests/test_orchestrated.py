@@ -18,9 +18,10 @@ from desk import LIMITS, call, say, tasks, workflow
 
 from engrain.agent import load_agent
 from engrain.arms import agent_arms
+from engrain.budget import Budget
 from engrain.orchestrated import EXECUTOR, META, PLANNER, VALIDATOR, Orchestrated, transcript
 from engrain.policy import ScriptTeacher
-from engrain.rollout import Budget, rollout
+from engrain.rollout import rollout
 from engrain.score import succeeded
 from engrain.task import Task
 from engrain.trajectory import Message, ToolCall, Trajectory

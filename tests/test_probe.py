@@ -17,12 +17,13 @@ from models import random_rows
 from transformers import PreTrainedModel
 
 from engrain import probe as probing
+from engrain.budget import Budget
 from engrain.cli import invoke
 from engrain.errors import InputError
 from engrain.model import Base, load_base
 from engrain.policy import Episode, Policy, ScriptTeacher
 from engrain.probe import Capability, Gate, NextTurn, Plan, Subject, Trial, WholeTask, load_suite, measure, probe
-from engrain.rollout import Budget, rollouts
+from engrain.rollout import rollouts
 from engrain.task import Task
 from engrain.train import TrainConfig, train
 from engrain.trajectory import Message, ToolCall, read_trajectories

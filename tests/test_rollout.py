@@ -14,9 +14,10 @@ from desk import Desk, call, say, tasks, workflow
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engrain.budget import Budget
 from engrain.errors import InputError, ToolFailure
 from engrain.policy import Episode, ScriptTeacher
-from engrain.rollout import Added, Budget, rollout
+from engrain.rollout import Added, rollout
 from engrain.task import Fault, FaultKind, Task
 from engrain.tool import Tool, from_function
 from engrain.trajectory import Message, Outcome, ToolCall, Trajectory

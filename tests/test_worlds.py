@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from engrain.budget import Budget
 from engrain.policy import ScriptTeacher
-from engrain.rollout import Budget, rollout
+from engrain.rollout import rollout
 from engrain.trajectory import Message, ToolCall
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 
+from engrain.budget import Budget
 from engrain.probe import Capability, Gate, NextTurn, Trial, WholeTask
-from engrain.rollout import Budget
 from engrain.task import Task
 from engrain.trajectory import Message, ToolCall
 from engrain.workflow import Workflow

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from engrain.agent import HYPERNETWORK, Agent, as_policy
 from engrain.arms import Arm, agent_arms
+from engrain.budget import UNTIMED, Budget
 from engrain.canary import EXTRACTION, Leaks, extraction, leaks, plant
 from engrain.controls import CONTROLS
 from engrain.costs import Spent, spending
@@ -26,7 +27,6 @@ from engrain.files import replacing
 from engrain.policy import Policy
 from engrain.probe import Suite, attempts
 from engrain.results import kept
-from engrain.rollout import UNTIMED, Budget
 from engrain.score import Interval, paired_difference, succeeded
 from engrain.trajectory import Trajectory, read_trajectories
 from engrain.workflow import Workflow

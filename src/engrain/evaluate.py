@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engrain.arms import Arm
+from engrain.budget import UNTIMED, Budget
 from engrain.coverage import Coverage, branch_table, coverage
 from engrain.errors import InputError
 from engrain.failure_kinds import failure_kinds, said, total
@@ -27,7 +28,7 @@ from engrain.plots import Runs, plots, reduced
 from engrain.policy import Policy, ScriptTeacher
 from engrain.repeats import numbered, sampled
 from engrain.results import kept, read_settings, write_settings
-from engrain.rollout import UNTIMED, Budget, rollout
+from engrain.rollout import rollout
 from engrain.score import TIMES, Interval, Latency, Score, latency, paired_difference, score, successes, verdict
 from engrain.task import Task
 from engrain.trajectory import Trajectory

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from engrain.agent import as_policy
+from engrain.budget import UNTIMED, Budget
 from engrain.errors import InputError
 from engrain.evaluate import Progress
 from engrain.files import appending
@@ -32,7 +33,7 @@ from engrain.policy import Episode, Policy
 from engrain.record import complete_runs, partial_path
 from engrain.renderer import Renderer
 from engrain.results import kept, read_settings, write_settings
-from engrain.rollout import UNTIMED, Budget, rollouts
+from engrain.rollout import rollouts
 from engrain.score import Interval, bootstrap, failures, succeeded
 from engrain.task import Task
 from engrain.trajectory import Message, Outcome, Trajectory

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from engrain.budget import Budget
 from engrain.errors import InputError
 from engrain.files import replacing
 from engrain.parallel import merged
 from engrain.policy import Policy
-from engrain.rollout import Budget, rollout
+from engrain.rollout import rollout
 from engrain.task import Task
 from engrain.trajectory import Trajectory
 from engrain.workflow import Instructions, Workflow

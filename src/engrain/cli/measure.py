@@ -50,8 +50,8 @@ def evaluate(
     from engrain import evaluate as evaluation
     from engrain.agent import load_agent
     from engrain.arms import agent_arms, default_arms
+    from engrain.budget import UNTIMED
     from engrain.cli import terminal
-    from engrain.rollout import UNTIMED
 
     agents = [load_agent(path) for path in (agent, *(beside or ()))]
     names = _listed(arms) or default_arms(agents)

@@ -16,10 +16,11 @@ from inspect_ai.scorer import Score, Scorer, Target, accuracy, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import ToolInfo
 
+from engrain.budget import UNTIMED
 from engrain.errors import EngrainError
 from engrain.inspect_ai.messages import from_inspect, to_inspect
 from engrain.policy import Episode, OneByOne
-from engrain.rollout import UNTIMED, rollout
+from engrain.rollout import rollout
 from engrain.task import Task as WorkflowTask
 from engrain.trajectory import Message
 from engrain.workflow import Instructions, Workflow, load_workflow

@@ -20,9 +20,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from opentelemetry.trace import Span
 from pydantic import BaseModel, ConfigDict, Field
 
+from engrain.budget import Budget
 from engrain.errors import EngrainError, InputError
 from engrain.keys import Caller
-from engrain.rollout import Budget, rollout
+from engrain.rollout import rollout
 from engrain.serve.refused import Refused
 from engrain.serve.server import Server
 from engrain.task import Task
