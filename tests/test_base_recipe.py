@@ -34,7 +34,7 @@ ANNEAL = data.STAGES[-1]
 
 @pytest.fixture(scope="module")
 def trajectories():
-    return list(data.rows(ANNEAL, 5, 80))
+    return list(data.rows(ANNEAL, 3, 80))
 
 
 def test_nothing_held_out_is_trained_on():
@@ -57,7 +57,7 @@ def test_contexts_come_in_three_depths_and_the_seed_decides(trajectories):
     runs = [t for t in trajectories if t.teacher == "script"]
     depths = {(t.tools != "[]", "Rules of" in t.messages[0].content) for t in runs}
     assert depths == {(True, True), (False, True), (False, False)}
-    again = list(data.rows(ANNEAL, 5, 80))
+    again = list(data.rows(ANNEAL, 3, 80))
     assert [t.messages for t in again] == [t.messages for t in trajectories]
     assert [t.messages for t in data.rows(ANNEAL, 4, 5)] != [t.messages for t in data.rows(ANNEAL, 1, 5)]
 

@@ -24,6 +24,7 @@ from worlds.clerk import decide, expected  # noqa: E402
 from worlds.disguise import KEPT, disguised  # noqa: E402
 from worlds.drawing import draw  # noqa: E402
 from worlds.language import blended, compared, key  # noqa: E402
+from worlds.lookalikes import lookalikes  # noqa: E402
 from worlds.openings import opened  # noqa: E402
 from worlds.spec import Jump, Stop  # noqa: E402
 from worlds.tasks import walk  # noqa: E402
@@ -126,6 +127,20 @@ def test_openings_have_any_number_of_steps_and_the_teacher_reaches_its_goals(nam
     drawn = {repr(other.opening): other for other in (opened(family, rng) for _ in range(40))}
     assert {repr(family.opening), repr(family.opening[:1])} <= set(drawn)
     for other in drawn.values():
+        flow = workflow(world := draw(other, 1), tenants(world, 0, 2))
+        for run in rollout(flow, list(islice(flow.tasks("train", 1), 3)), ScriptTeacher(flow), parallel=1):
+            assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)
+
+
+@pytest.mark.parametrize("name", catalogue.TRAINED)
+def test_lookalikes_call_arguments_like_fields_and_the_teacher_reaches_its_goals(name):
+    family, rng = catalogue.family(name), random.Random(3)
+    drawn = [lookalikes(family, rng) for _ in range(20)]
+    fields = {field for record in family.records.values() for names in record.fields for field in names.split("|")}
+    written = {argument for action in family.actions.values() for argument in action.arguments}
+    new = {argument for of in drawn for action in of.actions.values() for argument in action.arguments} - written
+    assert new and {argument.partition("_")[2] for argument in new} <= fields
+    for other in drawn[:3]:
         flow = workflow(world := draw(other, 1), tenants(world, 0, 2))
         for run in rollout(flow, list(islice(flow.tasks("train", 1), 3)), ScriptTeacher(flow), parallel=1):
             assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)

@@ -24,6 +24,7 @@ from worlds.disguise import DISGUISED, disguised
 from worlds.drawing import KINDS, draw
 from worlds.english import NONE, English
 from worlds.language import blended, compared, date_of, made_up
+from worlds.lookalikes import lookalikes
 from worlds.openings import opened
 from worlds.spec import Do, Jump, Ref, Stop
 from worlds.store import Store
@@ -92,7 +93,7 @@ def drills(
     kinds: dict[str, tuple[int, Callable[[], Drill]]] = {
         "decide": (4, lambda: decide(desk((1, 4)))),
         "route": (5, lambda: route(desk(KINDS, ROUTED_IN_OTHER_WORDS))),
-        "steps": (1, lambda: steps(desk((2, 6)))),
+        "steps": (2, lambda: steps(desk((2, 6)))),
         "rules": (2, lambda: rules(desk(ruled))),
         "compare": (1, lambda: compare(rng, english)),
         "repeat": (2, lambda: repeat(rng, english)),
@@ -134,7 +135,7 @@ def edited_drills(
 
 def _desk(rng: random.Random, english: English, families: Sequence[str], size: tuple[int, int], share: float) -> Desk:
     """Of a world with so many kinds of request (from, to); a share of them are in other words than their family's."""
-    of = family(rng.choice(families))
+    of = lookalikes(family(rng.choice(families)), rng)
     if rng.random() < share:
         of = disguised(of, rng, english.words)
     world = draw(opened(of, rng), rng.randrange(10**9), size)
@@ -359,8 +360,8 @@ def _number(said: int | str) -> int:
 
 
 def repeat(rng: random.Random, english: English) -> Drill:
-    """Sentences, words and blends of two, if there are any, made-up words and codes, to be said again. The codes
-    share digits, so a short match misleads."""
+    """Sentences, words and blends of two, if there are any, made-up words, codes and fields with numbers, to be said
+    again. Codes and numbers share digits, so a short match misleads."""
     digits = rng.sample("0123456789", 3)
     words: list[str] = []
     while len(words) < WORDS:
@@ -369,5 +370,6 @@ def repeat(rng: random.Random, english: English) -> Drill:
             words += [*rng.choices(english.words, k=5), *(blended(rng, english.words) for _ in range(3))]
         words += [made_up(rng) for _ in range(2)]
         words += ["".join((rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ"), *rng.choices(digits, k=4))) for _ in range(3)]
+        words += [f'"{made_up(rng)}": {"".join(rng.choices(digits, k=rng.randint(1, 4)))}' for _ in range(3)]
     text = " ".join(words[:WORDS])
     return "You practise.", f"Repeat: {text}", text

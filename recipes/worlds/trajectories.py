@@ -16,6 +16,7 @@ from engrain.workflow import Workflow
 from worlds.catalogue import TRAINED, family
 from worlds.disguise import disguised
 from worlds.drawing import KINDS, draw
+from worlds.lookalikes import lookalikes
 from worlds.openings import opened
 from worlds.tasks import Rules, make_task, redrawn, walk
 from worlds.workflow import tenants, workflow
@@ -99,6 +100,8 @@ def _cases(
         depth = rng.choices(("full", "part", "none"), (depths.full, depths.part, 1 - depths.full - depths.part))[0]
         number = HOME + rng.randrange(depths.home) if depth == "none" else seed * 1_000_000 + made
         of = family(families[number % len(families)] if depth == "none" else rng.choice(families))
+        if depth != "none":
+            of = lookalikes(of, rng)
         if depth != "none" and rng.random() < depths.disguised:
             of = disguised(of, rng, lexicon)
         if depth != "none":
