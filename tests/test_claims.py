@@ -17,9 +17,9 @@ from engrain.budget import Budget
 from engrain.claim_tables import NONE, adaptation, document, notes, orchestration, paying, totals
 from engrain.claims import Measured, Sizes, measure
 from engrain.compiled_policy import CompiledPolicy
-from engrain.costs import Spent
 from engrain.facts import foreign
 from engrain.page import Table, read_page, write_report
+from engrain.spent import Spent
 from engrain.workflow import load_workflow
 
 SIZES = Sizes(tasks=4, fewer=2, latency=1, budget=Budget(steps=6, seconds=1e6))

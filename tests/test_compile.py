@@ -33,6 +33,7 @@ def test_agent_is_whole_and_says_what_it_is(agent: Path, tiny_base: Path) -> Non
     assert manifest.data.trajectories == 40 and manifest.data.rows == 40 and manifest.training["tokens"] >= 4000
     assert manifest.licences == {"base": "apache-2.0", "data": "runs by script"}
     assert sorted(manifest.tools.values()) == ["find_book", "lend_book"]
+    assert manifest.seconds > 0 and (manifest.cpu_seconds or 0) > 0
     assert not work_directory(agent).exists()
     assert not (agent / "base").exists() and find_base(agent, manifest.base) == tiny_base.resolve()
     assert (agent / "adapter" / "adapter_model.safetensors").is_file()

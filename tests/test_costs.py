@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from engrain.costs import Priced, break_even, pick, spending
+from engrain.costs import Priced, break_even, pick
 from engrain.errors import InputError
 
 
@@ -51,13 +51,3 @@ def test_the_pick_depends_on_how_much_there_is_to_do() -> None:
 def test_what_is_not_shown_to_be_worse_may_be_picked() -> None:
     few = Priced("few", 0.0, 0.0, 0.5, tasks(3, of=4))
     assert pick([Priced("all", 0.0, 0.0, 3.0, tasks(4, of=4)), few], 100) is few
-
-
-def test_spending_is_counted_to_the_end_of_the_block() -> None:
-    with spending() as spent:
-        before = spent().cpu_seconds
-        sum(number * number for number in range(300_000))
-        assert (spent().cpu_seconds or 0.0) > (before or 0.0)
-    after = spent()
-    sum(number * number for number in range(300_000))
-    assert spent() == after and after.seconds > 0

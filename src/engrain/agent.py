@@ -100,6 +100,8 @@ class Manifest(Part):
     training: dict[str, Any]
     """What the training loop reported: tokens, steps, seconds, losses."""
     seconds: float
+    cpu_seconds: float | None = None
+    """Of the compile, interrupted calls included; None if it was made before they were counted."""
     files: dict[str, str]
     """SHA-256 of every other file."""
 

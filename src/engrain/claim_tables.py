@@ -15,12 +15,13 @@ import numpy as np
 
 from engrain.canary import Leaks
 from engrain.claims import COMPILED, NA, SEEN, Measured, Method
-from engrain.costs import Priced, Spent, break_even, pick
+from engrain.costs import Priced, break_even, pick
 from engrain.facts import foreign
 from engrain.orchestrated import META
 from engrain.page import Block, Document, Notes, Table
 from engrain.plots import plots, reduced
 from engrain.score import Interval, bootstrap, paired_difference, step_seconds, succeeded, successes, verdict, written
+from engrain.spent import Spent
 from engrain.trajectory import Message, Trajectory
 
 ADAPTS = {

@@ -19,7 +19,6 @@ from engrain.arms import Arm, agent_arms
 from engrain.budget import UNTIMED, Budget
 from engrain.canary import EXTRACTION, Leaks, extraction, leaks, plant
 from engrain.controls import CONTROLS
-from engrain.costs import Spent, spending
 from engrain.errors import InputError
 from engrain.evaluate import Plan, Progress, evaluate
 from engrain.facts import MiniLM
@@ -28,6 +27,7 @@ from engrain.policy import Policy
 from engrain.probe import Suite, attempts
 from engrain.results import kept
 from engrain.score import Interval, paired_difference, succeeded
+from engrain.spent import Spent, stopwatch
 from engrain.trajectory import Trajectory, read_trajectories
 from engrain.workflow import Workflow
 
@@ -174,19 +174,19 @@ def _leaks(
 def update(arm: str, agent: Agent | None, workflow: Workflow) -> Spent | str:
     """What it takes from the change of a rule until the arm can act on it, or why that is no question here.
 
-    Weights are compiled again, which took what the manifest says: seconds, not CPU seconds. A prompt is another text at
-    once, and every request pays for reading it.
+    Weights are compiled again, which took what the manifest says. A prompt is another text at once, and every request
+    pays for reading it.
     """
     rule = next((rule for section in workflow.tenants.values() for rule in section.rules), "")
     if arm in ("base", "teacher") or not rule:
         return f"{NA}it reads no rules"
     if arm in ("lora", "full"):
         assert agent is not None
-        return Spent(agent.manifest.seconds, None)
+        return Spent(agent.manifest.seconds, agent.manifest.cpu_seconds)
     if arm in ("rag", "rag_strict"):
         embed = MiniLM()
-        with spending() as spent:
-            embed([f"{rule} "])
+        spent = stopwatch()
+        embed([f"{rule} "])
         return spent()
     if arm in CONTROLS:
         return f"{NA}it is a control"
@@ -197,9 +197,9 @@ def update(arm: str, agent: Agent | None, workflow: Workflow) -> Spent | str:
         adapters = agent.adapters(agent.load_base())
         for context in agent.contexts(workflow, name).values():
             adapters(context)
-        with spending() as spent:
-            for context in agent.contexts(edited, name).values():
-                adapters(context)
+        spent = stopwatch()
+        for context in agent.contexts(edited, name).values():
+            adapters(context)
         return spent()
     return Spent(0.0, 0.0)
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -47,6 +46,7 @@ from engrain.policy import ScriptTeacher
 from engrain.record import RecordReport, record
 from engrain.renderer import Rejected, Renderer, Row, render_dataset
 from engrain.source import Source, by_phase, compiled_form, given_trajectories, open_source
+from engrain.spent import Spent, stopwatch
 from engrain.trajectory import Trajectory, read_trajectories
 from engrain.work import Work, work_directory
 
@@ -158,7 +158,7 @@ def compile_workflow(
     user can fix; a `KeyboardInterrupt` leaves everything in place for the same call to go on.
     """
     config = config or CompileConfig()
-    started = time.monotonic()
+    spent = stopwatch()
     opened = open_source(source)
     base_path = base or bundled_base()
     _check_target(out)
@@ -176,7 +176,7 @@ def compile_workflow(
     if summary.rejected:
         say(f"left out: {', '.join(f'{count} {reason}' for reason, count in summary.rejected.items())}")
 
-    with work.clocked(started) as clock:
+    with work.clocked(spent) as clock:
         adapter, result = _train(loaded, dataset.rows, config, work)
         say(f"trained on {result.tokens:,} tokens in {result.steps} steps, loss {result.loss:.3f}")
         _save(out, Compiled(opened, config, loaded, base_path, renderer, adapter, dataset, result), clock(), with_base)
@@ -309,7 +309,7 @@ def _check_target(out: Path) -> None:
         raise InputError(f"{out} exists and is not an agent; choose another place with -o")
 
 
-def _save(out: Path, made: Compiled, seconds: float, with_base: bool) -> None:
+def _save(out: Path, made: Compiled, spent: Spent, with_base: bool) -> None:
     from engrain.adapter import save_peft
     from engrain.hypernetwork import Hypernetwork, save_hypernetwork
     from engrain.model import save_base
@@ -327,11 +327,11 @@ def _save(out: Path, made: Compiled, seconds: float, with_base: bool) -> None:
         tools = json.dumps(made.dataset.schemas, ensure_ascii=False, indent=2)
         (aside / TOOLS).write_text(tools + "\n", encoding="utf-8")
         (aside / GOLDEN).write_text(golden_rows(made.renderer, made.dataset.trajectories), encoding="utf-8")
-        manifest = _manifest(out, made, seconds, with_base, _digests(aside))
+        manifest = _manifest(out, made, spent, with_base, _digests(aside))
         (aside / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(out: Path, made: Compiled, seconds: float, with_base: bool, files: dict[str, str]) -> Manifest:
+def _manifest(out: Path, made: Compiled, spent: Spent, with_base: bool, files: dict[str, str]) -> Manifest:
     workflow = made.source.workflow
     return Manifest(
         engrain=engrain.__version__,
@@ -353,7 +353,8 @@ def _manifest(out: Path, made: Compiled, seconds: float, with_base: bool, files:
         licences={"base": licence(made.base_path), "data": made.dataset.licence},
         config={**asdict(made.config), "lr": made.config.learning_rate, "batch_tokens": made.config.step_tokens},
         training=asdict(made.result),
-        seconds=round(seconds, 1),
+        seconds=round(spent.seconds, 1),
+        cpu_seconds=None if spent.cpu_seconds is None else round(spent.cpu_seconds, 1),
         files=files,
     )
 

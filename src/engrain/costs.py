@@ -7,23 +7,11 @@ Invariant: a way is never picked for its price if it was shown to succeed less o
 from __future__ import annotations
 
 import math
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engrain.errors import InputError
 from engrain.score import paired_difference
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Of this process and of those that it has waited for."""
-
-    seconds: float
-    cpu_seconds: float | None
-    """They stand for energy; None where they were not counted."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +28,6 @@ class Priced:
     def total(self, requests: float, changes: float = 0.0) -> float:
         """Seconds for so many requests and changes."""
         return self.once + self.change * changes + self.request * requests
-
-
-@contextmanager
-def spending() -> Iterator[Callable[[], Spent]]:
-    """Counts from here on; what it says after the block is what the block spent."""
-    began, cpu, ended = time.perf_counter(), _cpu_seconds(), list[Spent]()
-
-    def spent() -> Spent:
-        return ended[0] if ended else Spent(time.perf_counter() - began, _cpu_seconds() - cpu)
-
-    try:
-        yield spent
-    finally:
-        ended.append(spent())
 
 
 def break_even(usual: Priced, other: Priced, changes_per_request: float = 0.0) -> float:
@@ -77,8 +51,3 @@ def pick(methods: Sequence[Priced], requests: float, changes: float = 0.0, *, se
 def _worse(method: Priced, best: Priced, seed: int) -> bool:
     """Whether the whole interval of the difference lies below 0."""
     return paired_difference(method.successes, best.successes, seed=seed).high < 0
-
-
-def _cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)

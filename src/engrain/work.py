@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from engrain.errors import InputError
 from engrain.files import replacing
+from engrain.spent import Spent
 
 SETTINGS = "compile.json"
 
@@ -52,19 +53,19 @@ class Work:
         return self.path
 
     @contextmanager
-    def clocked(self, started: float) -> Iterator[Callable[[], float]]:
-        """A clock of this compile that counts interrupted calls too."""
-        file = self.claim() / "seconds"
-        before = float(file.read_text()) if file.exists() else 0.0
+    def clocked(self, spent: Callable[[], Spent]) -> Iterator[Callable[[], Spent]]:
+        """What this compile took: `spent` by this call, and by interrupted ones before."""
+        file = self.claim() / "spent.json"
+        before = Spent(**json.loads(file.read_text())) if file.exists() else Spent(0.0, 0.0)
 
-        def clock() -> float:
-            return before + time.monotonic() - started
+        def clock() -> Spent:
+            return before + spent()
 
         try:
             yield clock
         finally:
             with replacing(file) as text:
-                text.write(f"{clock():.1f}\n")
+                json.dump(asdict(clock()), text)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
