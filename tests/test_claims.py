@@ -14,7 +14,7 @@ from test_facts import bags
 from engrain import arms, claims
 from engrain.agent import load_agent
 from engrain.budget import Budget
-from engrain.claim_tables import NONE, adaptation, document, notes, orchestration, paying, totals
+from engrain.claim_tables import NONE, adaptation, crowd, document, notes, orchestration, paying, totals
 from engrain.claims import Measured, Sizes, measure
 from engrain.compiled_policy import CompiledPolicy
 from engrain.facts import foreign
@@ -22,7 +22,7 @@ from engrain.page import Table, read_page, write_report
 from engrain.spent import Spent
 from engrain.workflow import load_workflow
 
-SIZES = Sizes(tasks=4, fewer=2, latency=1, budget=Budget(steps=6, seconds=1e6))
+SIZES = Sizes(tasks=4, fewer=2, latency=1, budget=Budget(steps=6, seconds=1e6), crowds=(1, 3))
 NUMBER = re.compile(r"-?[\d,.]+(e-?\d+)?( \[-?[\d.]+, -?[\d.]+\])?|never")
 
 
@@ -47,7 +47,7 @@ def measured(agent: Path, hyper_agent: Path, library: Path, place: Path) -> Iter
 
 
 def test_every_cell_is_a_number_or_not_applicable_for_a_reason_that_is_told(measured: Measured) -> None:
-    tables = [adaptation(measured), orchestration(measured), *paying(measured)]
+    tables = [adaptation(measured), orchestration(measured), *paying(measured), crowd(measured)]
     assert [table.caption for table in tables][:2] == ["Ways to adapt an agent", "Orchestrated beside compiled"]
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.headings)}
@@ -100,6 +100,16 @@ def test_an_update_costs_what_the_arm_has_to_do(measured: Measured) -> None:
     lora, hyper = spent["lora"], spent["hypernetwork"]
     assert isinstance(lora, Spent) and isinstance(hyper, Spent)
     assert lora.seconds > hyper.seconds > 0
+
+
+def test_a_crowd_is_read_by_retrieval_alone(measured: Measured) -> None:
+    assert list(measured.crowds) == [1, 3] and set(measured.crowds[3]) == {"rag", "rag_strict"}
+    assert not any(map(foreign, measured.crowds[1]["rag"])) and any(map(foreign, measured.crowds[3]["rag"]))
+    rows = {row[0]: row[1:] for row in crowd(measured).rows}
+    assert rows["prompt"][:2] == (NONE, NONE) and NONE not in rows["rag"]
+    assert not isinstance(measured.made, str) and measured.made.tenants == 3
+    network = measured.methods["hypernetwork"].megabytes
+    assert float(rows["hypernetwork"][-1]) == pytest.approx(network + 3 * measured.made.megabytes, abs=0.05)
 
 
 def test_the_page_can_be_read_back(measured: Measured, tmp_path: Path) -> None:

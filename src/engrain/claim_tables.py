@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from engrain.canary import Leaks
-from engrain.claims import COMPILED, NA, SEEN, Measured, Method
+from engrain.claims import COMPILED, CROWDED, NA, SEEN, Measured, Method
 from engrain.costs import Priced, break_even, pick
 from engrain.facts import foreign
 from engrain.orchestrated import META
-from engrain.page import Block, Document, Notes, Table
+from engrain.page import Block, Document, Lines, Notes, Point, Table
 from engrain.plots import plots, reduced
 from engrain.score import Interval, bootstrap, paired_difference, step_seconds, succeeded, successes, verdict, written
 from engrain.spent import Spent
@@ -58,10 +58,10 @@ def document(measured: Measured) -> Document:
         f"kind, {sizes.latency} one at a time for seconds. Intervals are 95% bootstraps over tasks, of leaks over "
         "tenants, of forgetting over workflows."
     )
-    blocks: list[Block] = [adaptation(measured), orchestration(measured), *paying(measured)]
+    blocks: list[Block] = [adaptation(measured), orchestration(measured), *paying(measured), crowd(measured)]
     seen = {name: reduced(method.runs[SEEN], method.alone) for name, method in measured.methods.items()}
     long = {name: reduced(_every(method), ()) for name, method in measured.methods.items()}
-    drawn = [*plots({"all kinds of task": long}), *plots({SEEN: seen})[1:]]
+    drawn = [*plots({"all kinds of task": long}), *plots({SEEN: seen})[1:], against_tenants(measured)]
     return Document(
         f"{measured.workflow.name}: the tables of the sources", about, (*blocks, *drawn, Notes(tuple(notes(measured))))
     )
@@ -133,6 +133,47 @@ def paying(measured: Measured) -> Iterator[Table]:
         yield Table(headings, tuple(picked), "What to pick")
 
 
+def crowd(measured: Measured) -> Table:
+    """A row an arm: what it does as tenants become many, and what is kept for the largest number of them."""
+    counts = list(measured.sizes.crowds)
+    headings = ("arm", *(f"{count:,} tenants: success %" for count in counts), "new tenant: s", "kept for all: MB")
+    rows = []
+    for name in ADAPTS:
+        method = measured.methods.get(name)
+        shares = (_success(measured.crowds.get(count, {}).get(name)) for count in counts)
+        rows.append((name, *shares, *((NONE, NONE) if method is None else _kept(name, method, measured))))
+    return Table(headings, tuple(rows), "From one tenant to many")
+
+
+def _kept(name: str, method: Method, measured: Measured) -> tuple[str, str]:
+    """Seconds for a tenant that is new, and megabytes of adapters for the largest crowd."""
+    if not name.startswith("hypernetwork"):
+        return _spent(method.update)[0], f"{method.megabytes:.1f}"
+    if isinstance(measured.made, str):
+        return NONE, NONE
+    made = measured.made
+    return f"{made.seconds / made.tenants:.3g}", f"{method.megabytes + made.tenants * made.megabytes:.1f}"
+
+
+def against_tenants(measured: Measured) -> Lines:
+    every = list(measured.crowds.values())
+
+    def point(place: int, name: str) -> Point:
+        runs = every[place][name]
+        found = bootstrap([float(succeeded(run)) for run in runs], [run.task for run in runs], resamples=RESAMPLES)
+        return Point(float(place), found.mean, found.low, found.high, len(runs))
+
+    return Lines(
+        "Success against the number of tenants",
+        "tenants",
+        "success",
+        {name: tuple(point(place, name) for place in range(len(every))) for name in (every[0] if every else ())},
+        about="Of the arms that read more when there are more tenants. 95% bootstrap intervals over tasks.",
+        labels=tuple(f"{count:,}" for count in measured.crowds),
+        shares=True,
+    )
+
+
 def notes(measured: Measured) -> Iterator[str]:
     for compiled in COMPILED:
         for other in ("orchestrated", "prompt"):
@@ -146,6 +187,8 @@ def notes(measured: Measured) -> Iterator[str]:
             failed = [run.task for run in method.runs[SEEN] if not succeeded(run)]
             yield f"the teacher fails its own goal check in {len(failed)} tasks, such as {failed[0]}: mend it first"
     yield from _blind(measured)
+    same = ", ".join(name for name in measured.methods if name in ADAPTS and name not in CROWDED)
+    yield f"{same}: success by number of tenants is {NA}nothing that they read for a tenant depends on the others"
     yield from (f"{role}: {split}" for role, split in measured.roles.items() if split.startswith(NA))
     yield from (f"{name}: left out, {why}" for name, why in measured.left_out.items())
     reasons: dict[str, list[str]] = {}

@@ -1,8 +1,9 @@
 """The suite `sources`: what the articles behind Engrain assert, measured on one workflow.
 
 Every way of adapting an agent meets the same tasks, on the same base and machine: the tenants it knows and new ones,
-faults, long tasks, profiles with canaries, a rule that changes, and general probes before and after. Invariant: what is
-finished lies on disk and is not measured again; what cannot be measured here is kept as the reason why.
+faults, long tasks, a crowd of tenants, profiles with canaries, a rule that changes, and general probes before and
+after. Invariant: what is finished lies on disk and is not measured again; what cannot be measured here is kept as the
+reason why.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from engrain.agent import HYPERNETWORK, Agent, as_policy
 from engrain.arms import Arm, agent_arms
 from engrain.budget import UNTIMED, Budget
 from engrain.canary import EXTRACTION, Leaks, extraction, leaks, plant
 from engrain.controls import CONTROLS
+from engrain.crowd import Made, crowded, make_all
 from engrain.errors import InputError
 from engrain.evaluate import Plan, Progress, evaluate
 from engrain.facts import MiniLM
@@ -35,6 +38,8 @@ ARMS = (
     "prompt", "few_shot", "rag", "rag_strict", "orchestrated", "lora", "full", "hypernetwork", "hypernetwork_rag",
     "another", "empty", "base", "teacher",
 )  # fmt: skip
+CROWDED = ("rag", "rag_strict")
+"""Arms that read more when there are more tenants; the others read their own tenant's rules, or none."""
 COMPILED = ("lora", "full", "hypernetwork")
 ROLES: Mapping[str, Sequence[str]] = {
     "seen tenants": ("held_out", "test", "train"),
@@ -59,9 +64,11 @@ class Sizes:
     fewer: int = 60
     latency: int = 10
     budget: Budget = UNTIMED
+    crowds: tuple[int, ...] = (1, 10, 100, 1000)
+    """Numbers of tenants."""
 
 
-QUICK = Sizes(tasks=8, fewer=3, latency=1, budget=replace(UNTIMED, steps=24, completion_tokens=4096))
+QUICK = Sizes(tasks=8, fewer=3, latency=1, budget=replace(UNTIMED, steps=24, completion_tokens=4096), crowds=(1, 10))
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,10 @@ class Measured:
     methods: Mapping[str, Method]
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Why an arm was not measured."""
+    crowds: Mapping[int, Mapping[str, Sequence[Trajectory]]] = field(default_factory=dict)
+    """Runs of the seen tenants' tasks by number of tenants and arm, of the arms that read more for it."""
+    made: Made | str = f"{NA}there is no hypernetwork"
+    """Adapters for the largest crowd."""
 
 
 def measure(
@@ -115,7 +126,8 @@ def measure(
     arms, left_out = _available(agents, workflow, facts)
     seen = evaluate(workflow, arms, plan, out / "seen", progress)
     evaluate(workflow, arms, replace(rest, latency_tasks=0), out / "others", progress)
-    leaking = _leaks(workflow, agents, facts, replace(rest, splits=(there[SEEN],), latency_tasks=0), out, progress)
+    alone = replace(rest, splits=(there[SEEN],), latency_tasks=0)
+    leaking = _leaks(workflow, agents, facts, alone, out, progress)
     by_kind = {agent.manifest.kind: agent for agent in agents}
     general = _General(suite, sizes.fewer, parallel, out / "general", progress)
     methods = {}
@@ -130,12 +142,13 @@ def measure(
             list(read_trajectories(out / "seen" / f"{arm.name}.{there[SEEN]}.latency.jsonl")),
             seen.failure_kinds[arm.name][there[SEEN]],
             leaking.get(arm.name, f"{NA}this arm has no tenants' rules to leak"),
-            _once(out / "updates" / f"{arm.name}.json", partial(update, arm.name, agent, workflow)),
+            _once(out / "updates" / f"{arm.name}.json", partial(update, arm.name, agent, workflow), Spent),
             general(agents[0], agent, workflow) if agent else f"{NA}the weights are the base's",
             agent.manifest.seconds if agent else 0.0,
             _megabytes(agent) if agent else 0.0,
         )
-    return Measured(workflow, sizes, roles, methods, left_out)
+    crowds, made = _crowds(workflow, agents, facts, alone, sizes, out, progress)
+    return Measured(workflow, sizes, roles, methods, left_out, crowds, made)
 
 
 def _split(workflow: Workflow, role: str, names: Sequence[str]) -> str:
@@ -152,6 +165,29 @@ def _available(agents: Sequence[Agent], workflow: Workflow, facts: Path | None) 
         except InputError as error:
             left_out[name] = str(error)
     return arms, left_out
+
+
+def _crowds(
+    workflow: Workflow,
+    agents: Sequence[Agent],
+    facts: Path | None,
+    plan: Plan,
+    sizes: Sizes,
+    out: Path,
+    progress: Progress,
+) -> tuple[dict[int, dict[str, Sequence[Trajectory]]], Made | str]:
+    """Each number of tenants: runs of the arms that read more for it; and a hypernetwork's adapters for the largest."""
+    split, runs = plan.splits[0], dict[int, dict[str, Sequence[Trajectory]]]()
+    for count in sizes.crowds:
+        crowd, place = crowded(workflow, split, count, plan.seed), out / f"crowd_{count}"
+        arms = [arm for arm in _available(agents, crowd, facts)[0] if arm.name in CROWDED]
+        evaluate(crowd, arms, plan, place, progress)
+        runs[count] = {arm.name: list(read_trajectories(place / f"{arm.name}.{split}.jsonl")) for arm in arms}
+    hyper = next((agent for agent in agents if agent.manifest.kind == "hypernetwork"), None)
+    if hyper is None:
+        return runs, Measured.made
+    largest = crowded(workflow, split, max(sizes.crowds), plan.seed)
+    return runs, _once(out / "crowd.json", partial(make_all, hyper, largest), Made)
 
 
 def _leaks(
@@ -245,11 +281,14 @@ def _adapted(agent: Agent, workflow: Workflow, parallel: int) -> Policy:
     return as_policy(base.model, agent.renderer, parallel, lambda episode: adapter)
 
 
-def _once(path: Path, make: Callable[[], Spent | str]) -> Spent | str:
+_Found = TypeVar("_Found", Spent, Made)
+
+
+def _once(path: Path, make: Callable[[], _Found | str], kind: type[_Found]) -> _Found | str:
     """What a file says was measured; if there is none, it is measured and written there."""
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, str) else Spent(**found)
+        return found if isinstance(found, str) else kind(**found)
     made = make()
     with replacing(path) as file:
         json.dump(made if isinstance(made, str) else asdict(made), file)
