@@ -1,8 +1,9 @@
-"""Whether the same adapters write the same tokens everywhere: our engine, PEFT, merged weights and, at a URL, vLLM.
+"""Whether the same adapters write the same tokens everywhere: our engine, PEFT, merged weights, GGUF and vLLM.
 
 First turns of a workflow's tasks, each with the adapter that the agent's hypernetwork makes for the task's tenant,
 greedy and without a grammar, in float32. For those that differ: at which token, and by how little the base preferred
-the one to the other there (a tie in floating point is not an error).
+the one to the other there (a tie in floating point is not an error). GGUF is run by llama.cpp, where
+`llama-cpp-python` is installed.
 
     ENGRAIN_RANK=256 recipes/serve_vllm/start AGENT examples/support_desk/tenants --port 8001 --dtype float32
     python benchmarks/parity.py AGENT --vllm http://127.0.0.1:8001/v1
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -26,6 +29,7 @@ from transformers import PreTrainedModel
 
 from engrain.adapter import Adapter, compress, merge, save_peft
 from engrain.agent import Agent, load_agent, open_engine
+from engrain.gguf import FILE, save_gguf
 from engrain.model import Base
 from engrain.trajectory import Message, Trajectory
 from engrain.turn import Request
@@ -90,6 +94,9 @@ def main(
     with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=120) as client:
         peft = {tenant: _peft(agent.load_base(), adapter, Path(folder) / tenant) for tenant, adapter in own.items()}
         arms["PEFT"] = lambda one: generated(peft[one[0]], one[1], tokens, stops)
+        if find_spec("llama_cpp") is not None:
+            files = {tenant: _gguf(base, merged[tenant], Path(folder) / f"{tenant}.gguf") for tenant in own}
+            arms["GGUF"] = lambda one: _llama_cpp(files[one[0]], one[1], tokens, stops)
         if vllm:
             arms["vLLM"] = lambda one: _served(client, vllm, f"{workflow.name}/{one[0]}", one[1], tokens, stops)
         reference = [ours(prompt) for prompt in asked]
@@ -119,6 +126,22 @@ def _merged(base: Base, adapter: Adapter) -> PreTrainedModel:
 def _peft(base: Base, adapter: Adapter, path: Path) -> PreTrainedModel:
     save_peft(adapter, path)
     return PeftModel.from_pretrained(base.model, path)  # pyright: ignore[reportReturnType]
+
+
+def _gguf(base: Base, model: PreTrainedModel, path: Path) -> Path:
+    save_gguf(replace(base, model=model), path, "merged")
+    return path / FILE
+
+
+def _llama_cpp(file: Path, prompt: list[int], tokens: int, stops: list[int]) -> list[int]:
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
+
+    written = list[int]()
+    for token in Llama(str(file), n_ctx=len(prompt) + tokens, verbose=False).generate(prompt, top_k=1, temp=0.0):
+        written.append(token)
+        if token in stops or len(written) == tokens:
+            break
+    return written
 
 
 def _served(client: httpx.Client, url: str, model: str, prompt: list[int], tokens: int, stops: list[int]) -> list[int]:

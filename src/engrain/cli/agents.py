@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from enum import StrEnum
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -216,10 +217,11 @@ def export(
     agent: AgentPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="The model directory to make.")],
     merged: Annotated[bool, typer.Option("--merged", help="The base with the adapter in its weights.")] = False,
+    as_gguf: Annotated[bool, typer.Option("--gguf", help="The same as one file for llama.cpp and Ollama.")] = False,
     context: ContextPath = None,
     dtype: Annotated[DType | None, typer.Option(help="Of the weights; by default the base's.")] = None,
 ) -> None:
-    """Export a model directory of transformers' kind, for engines without LoRA."""
+    """Export a model directory of transformers' kind, or with a GGUF file, for engines without LoRA."""
     from dataclasses import replace
 
     import torch
@@ -229,9 +231,11 @@ def export(
     from engrain.cli import terminal
     from engrain.model import save_base, stored_dtype
 
-    if not merged:
-        raise InputError("expected --merged: the base with the adapter in its weights; an adapter by itself is made by "
-                         "`engrain adapter`")  # fmt: skip
+    if merged == as_gguf:
+        raise InputError("expected --merged or --gguf: the base with the adapter in its weights, for transformers or "
+                         "llama.cpp; an adapter by itself is made by `engrain adapter`")  # fmt: skip
+    if as_gguf and find_spec("gguf") is None:
+        raise InputError("--gguf needs one more package; install it with: pip install 'engrain[gguf]'")
     loaded = load_agent(agent)
     _check_export(loaded, output, context)
     terminal.quiet()
@@ -241,8 +245,17 @@ def export(
         base = loaded.load_base()
         merge(base.model, _adapter_of(loaded, context))
     base.model.to(getattr(torch, dtype.value) if dtype is not None else stored_dtype(loaded.base_path))  # type: ignore[arg-type]
-    save_base(replace(base, tokenizer=loaded.renderer.tokenizer), output)
-    typer.echo(f"{output}: {loaded.manifest.workflow} in the weights of {loaded.manifest.base.name}")
+    base = replace(base, tokenizer=loaded.renderer.tokenizer)
+    what = f"{loaded.manifest.workflow} in the weights of {loaded.manifest.base.name}"
+    if not as_gguf:
+        save_base(base, output)
+        typer.echo(f"{output}: {what}")
+        return
+    from engrain.gguf import FILE, save_gguf
+
+    known = save_gguf(base, output, loaded.manifest.workflow)
+    ids = "" if known else "; llama.cpp splits text otherwise than its tokenizer: give it token ids, not text"
+    typer.echo(f"{output / FILE}: {what}{ids}")
 
 
 def _check_export(agent: Agent, output: Path, context: Path | None) -> None:
