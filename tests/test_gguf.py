@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -22,7 +23,7 @@ def bundled() -> Base:
     return load_base(bundled_base())
 
 
-def sized(architecture: str, bundled: Base, **changes: object) -> Base:
+def sized(architecture: str, bundled: Base, **changes: Any) -> Base:
     return replace(bundled, model=tiny(architecture, vocab_size=len(bundled.tokenizer) + 3, **changes))
 
 
