@@ -43,6 +43,8 @@ class Adapter:
     factors: Mapping[str, Factors]
     alpha: float
     rank: int
+    invocation: tuple[int, ...] = ()
+    """Of an activated adapter: the tokens that open a turn of the agent, from which on it acts. See `activated`."""
 
     def to(self, *where: torch.device | torch.dtype) -> Adapter:
         """The same adapter on another device or in another dtype."""
@@ -67,8 +69,15 @@ class AdapterSource(Protocol):
 class ConstantAdapter(nn.Module):
     """A fine-tuned LoRA: ignores its contexts. Starts as PEFT's does, `a` Kaiming-uniform and `b` zero."""
 
-    def __init__(self, sites: Mapping[str, tuple[int, int]], rank: int, alpha: float | None = None) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, tuple[int, int]],
+        rank: int,
+        alpha: float | None = None,
+        invocation: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.invocation = tuple(invocation)
         if rank < 1 or not sites:
             raise ModelError(f"an adapter needs rank >= 1 and linear sites, got rank {rank} and {len(sites)} sites")
         self.rank, self.alpha = rank, float(2 * rank if alpha is None else alpha)
@@ -82,7 +91,7 @@ class ConstantAdapter(nn.Module):
 
     def forward(self, contexts: Sequence[Context] = ()) -> Adapter:
         factors = {site: Factors(self.a[parameter_name(site)], self.b[parameter_name(site)]) for site in self.sites}
-        return Adapter(factors, self.alpha, self.rank)
+        return Adapter(factors, self.alpha, self.rank, self.invocation)
 
 
 def lora_delta(
@@ -110,7 +119,11 @@ def delta_weight(adapter: Adapter, site: str) -> Float[Tensor, "*batch d_out d_i
 
 
 def merge(model: nn.Module, adapter: Adapter) -> None:
-    """Add the adapter into the model's weights, in place."""
+    """Add the adapter into the model's weights, in place. Raises `ModelError` for one that is not for all tokens."""
+    if adapter.invocation:
+        raise ModelError(
+            "an activated adapter acts on the agent's own turns only and cannot be merged; use it as it is"
+        )
     with torch.no_grad():
         for site in adapter.factors:
             weight = model.get_submodule(site).weight
@@ -133,7 +146,7 @@ def concat(adapters: Sequence[Adapter]) -> Adapter:
     even = [_with_strength(adapter, strength) for adapter in adapters]
     rank = sum(adapter.rank for adapter in adapters)
     factors = {site: _join(even, site) for site in dict.fromkeys(site for one in even for site in one.factors)}
-    return Adapter(factors, strength * rank, rank)
+    return replace(adapters[0], factors=factors, alpha=strength * rank, rank=rank)
 
 
 def stack(adapters: Sequence[Adapter | None]) -> Adapter:
@@ -176,7 +189,7 @@ def reduced(adapter: Adapter) -> Adapter:
             a, b = (b @ a, one) if d_out <= d_in else (one, b @ a)
         factors[site] = Factors(a, b)
     rank = max(a.shape[-2] for a, _ in factors.values())
-    return Adapter(factors, adapter.alpha / adapter.rank * rank, rank)
+    return replace(adapter, factors=factors, alpha=adapter.alpha / adapter.rank * rank, rank=rank)
 
 
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
@@ -195,7 +208,8 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         factors[site] = _of_rank(Factors(new_a.to(a.dtype), new_b.to(b.dtype)), rank)
         kept += s[..., :rank].square().sum().item()
         lost += s[..., rank:].square().sum().item()
-    return Adapter(factors, adapter.alpha / adapter.rank * rank, rank), lost / max(kept + lost, 1e-300)
+    made = replace(adapter, factors=factors, alpha=adapter.alpha / adapter.rank * rank, rank=rank)
+    return made, lost / max(kept + lost, 1e-300)
 
 
 def save_peft(adapter: Adapter, path: Path, base: str = "") -> None:
@@ -220,6 +234,8 @@ def save_peft(adapter: Adapter, path: Path, base: str = "") -> None:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    if adapter.invocation:
+        config["alora_invocation_tokens"] = list(adapter.invocation)
     tensors = {}
     for site, pair in adapter.factors.items():
         a, b = _of_rank(pair, adapter.rank)
@@ -251,7 +267,8 @@ def load_peft(path: Path) -> Adapter:
     if tensors or not factors:
         found = f"unexpected tensor {next(iter(tensors))!r}" if tensors else "no LoRA factors"
         raise ModelError(f"{path}: {found}; only plain LoRA on linear layers is supported")
-    return Adapter(factors, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, rank)
+    invocation = tuple(map(int, config.get("alora_invocation_tokens") or ()))
+    return Adapter(factors, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, rank, invocation)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -263,7 +280,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: {CONFIG_FILE} is not JSON; save the adapter again") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= config.keys():
         raise ModelError(f"{path}: {CONFIG_FILE} must have peft_type LORA, r and lora_alpha; give a LoRA adapter")
-    foreign = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "alora_invocation_tokens")
+    foreign = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
     used = [option for option in foreign if config.get(option)]
     if used or config.get("bias", "none") != "none":
         raise ModelError(f"{path}: unsupported LoRA option {(used or ['bias'])[0]!r}; retrain or merge without it")
@@ -274,7 +291,7 @@ def _with_strength(adapter: Adapter, strength: float) -> Adapter:
     """The same effect with alpha / rank equal to `strength`, the difference folded into `b`."""
     ratio = adapter.alpha / adapter.rank / strength
     factors = {site: Factors(a, b * ratio if ratio != 1 else b) for site, (a, b) in adapter.factors.items()}
-    return Adapter(factors, strength * adapter.rank, adapter.rank)
+    return replace(adapter, factors=factors, alpha=strength * adapter.rank)
 
 
 def _of_rank(pair: Factors, rank: int) -> Factors:

@@ -136,7 +136,8 @@ class Agent:
     def load(self) -> Base:
         """The compiled model: the base with the adapter merged, or the fully trained model.
 
-        Raises `InputError` for a hypernetwork, which makes another model for each context.
+        Raises `InputError` for a hypernetwork, which makes another model for each context, `ModelError` for an adapter
+        that acts on some tokens only.
         """
         from engrain.adapter import load_peft, merge
         from engrain.model import load_base
@@ -148,6 +149,14 @@ class Agent:
         base = self.load_base()
         merge(base.model, load_peft(self.path / "adapter"))
         return base
+
+    def decoding(self) -> tuple[Base, Adapter | None]:
+        """The model that decodes, and the adapter to give with each request: none, but for an activated one."""
+        from engrain.adapter import load_peft
+
+        if self.manifest.kind == "lora" and (adapter := load_peft(self.path / "adapter")).invocation:
+            return self.load_base(), adapter
+        return self.load(), None
 
     def policy(
         self, workflow: Workflow, parallel: int = 16, *, compiled: bool = True, control: Control = own
@@ -161,7 +170,8 @@ class Agent:
         if not compiled:
             return as_policy(self.load_base().model, self.renderer, parallel)
         if self.manifest.kind != "hypernetwork":
-            return as_policy(self.load().model, self.renderer, parallel)
+            base, one = self.decoding()
+            return as_policy(base.model, self.renderer, parallel, lambda episode: one)
         base = self.load_base()
         adapters = self.adapters(base)
         contexts = cache(partial(self.contexts, workflow, control=control))

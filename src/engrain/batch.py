@@ -54,6 +54,10 @@ class Packed:
     choice_logprobs: Float[Tensor, "taught choices"]
     partings: Int[Tensor, "2 rivals"]
     """Where a row and its rival part: places in the row, and in the one under the rival's context."""
+    turns: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Of each row, where the turns that are said again at its end stand in it; none if no row has any."""
+    acting: Bool[Tensor, " tokens"] | None = None
+    """On which tokens an activated adapter acts; None for one that acts on all."""
 
     def to(self, device: torch.device) -> Packed:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -118,7 +122,7 @@ def collate(rows: Sequence[Row]) -> Packed:
     lengths = tuple(len(row.ids) for row in packed)
     ids = torch.tensor([token for row in packed for token in row.ids], dtype=torch.long)
     mask = torch.tensor([trained for row in packed for trained in row.mask], dtype=torch.bool)
-    position_ids = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.zeros_like(ids)
+    position_ids = torch.cat([_positions(row) for row in packed]) if packed else torch.zeros_like(ids)
     mask &= position_ids > 0
     taught = torch.tensor([row.choices is not None for row in packed for _ in row.ids], dtype=torch.bool)[mask]
     starts = dict(zip(order, accumulate(lengths, initial=0), strict=False))
@@ -126,7 +130,20 @@ def collate(rows: Sequence[Row]) -> Packed:
     others = [starts[len(rows) + number] + one.at for number, (_, one) in enumerate(rivals)]
     partings = torch.tensor([own, others], dtype=torch.long)
     contexts = (tuple(spans), tuple(spans.values()))
-    return Packed(ids, position_ids, mask, lengths, *contexts, taught, *_choices(packed), partings)
+    collated = Packed(ids, position_ids, mask, lengths, *contexts, taught, *_choices(packed), partings)
+    if not any(row.turns for row in packed):
+        return collated
+    acting = torch.tensor([said >= _own(row) for row in packed for said in range(len(row.ids))], dtype=torch.bool)
+    return replace(collated, turns=tuple(row.turns for row in packed), acting=acting)
+
+
+def _own(row: Row) -> int:
+    """Tokens of a row before the turns that are said again."""
+    return len(row.ids) - sum(end - start for start, end in row.turns)
+
+
+def _positions(row: Row) -> Int[Tensor, " tokens"]:
+    return torch.cat([torch.arange(_own(row)), *(torch.arange(start, end) for start, end in row.turns)])
 
 
 def _choices(rows: Sequence[Row]) -> tuple[Int[Tensor, "taught choices"], Float[Tensor, "taught choices"]]:

@@ -274,7 +274,8 @@ class _General:
 def _adapted(agent: Agent, workflow: Workflow, parallel: int) -> Policy:
     """The agent at work outside its workflow; a hypernetwork's adapter is that of the workflow's first tenant."""
     if agent.manifest.kind != "hypernetwork":
-        return as_policy(agent.load().model, agent.renderer, parallel)
+        base, one = agent.decoding()
+        return as_policy(base.model, agent.renderer, parallel, lambda episode: one)
     base = agent.load_base()
     context = next(iter(agent.contexts(workflow, next(iter(workflow.tenants), "")).values()))
     adapter = agent.adapters(base)(context)

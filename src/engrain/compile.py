@@ -90,6 +90,8 @@ class CompileConfig:
     contexts: Literal["tenant", "step"] = "tenant"
     """What a hypernetwork reads: the tenant's rules; or with these the phase at hand and the tools that it allows. Then
     each phase has an adapter of its own, and a row."""
+    activated: bool = False
+    """The adapter acts on the agent's own turns only: what came before, the base has encoded for all adapters."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +99,10 @@ class CompileConfig:
             raise InputError(f"cannot compile to {self.to!r}: expected {', '.join(LEARNING_RATES)}")
         if self.contexts not in ("tenant", "step"):
             raise InputError(f"contexts are of a tenant or of a step, got {self.contexts!r}")
+        if self.activated and self.to == "full":
+            raise InputError(
+                "all weights act on all tokens; activation is for adapters: compile to lora or hypernetwork"
+            )
         for name in ("tokens", "rank", "longest", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"expected {name} of at least 1, got {value}")
@@ -177,7 +183,8 @@ def compile_workflow(
         say(f"left out: {', '.join(f'{count} {reason}' for reason, count in summary.rejected.items())}")
 
     with work.clocked(spent) as clock:
-        adapter, result = _train(loaded, dataset.rows, config, work)
+        invocation = renderer.invocation() if config.activated else ()
+        adapter, result = _train(loaded, dataset.rows, config, invocation, work)
         say(f"trained on {result.tokens:,} tokens in {result.steps} steps, loss {result.loss:.3f}")
         _save(out, Compiled(opened, config, loaded, base_path, renderer, adapter, dataset, result), clock(), with_base)
     work.remove()
@@ -266,10 +273,11 @@ def _load_base(path: Path) -> Base:
 
 
 def _train(
-    base: Base, rows: Sequence[Row], config: CompileConfig, work: Work
+    base: Base, rows: Sequence[Row], config: CompileConfig, invocation: tuple[int, ...], work: Work
 ) -> tuple[ConstantAdapter | Hypernetwork | None, TrainResult]:
     import torch
 
+    from engrain.activated import activated
     from engrain.adapter import ConstantAdapter
     from engrain.encoder import BaseEncoder, Cached
     from engrain.hypernetwork import Hypernetwork
@@ -282,9 +290,9 @@ def _train(
         torch.manual_seed(config.seed)
         contexts = [row.context for row in rows if row.context is not None]
         if config.to == "lora":
-            source = ConstantAdapter(sites(base.model), config.rank)
+            source = ConstantAdapter(sites(base.model), config.rank, invocation=invocation)
         elif config.to == "hypernetwork":
-            settings = Settings(shared_rank=config.rank)
+            settings = Settings(shared_rank=config.rank, invocation=invocation)
             source = Hypernetwork(Cached(BaseEncoder(base)), sites(base.model), settings)
             source.prepare(contexts)
     training = TrainConfig(
@@ -294,6 +302,8 @@ def _train(
         lr=config.learning_rate,
         seed=config.seed,
     )
+    if invocation:
+        rows = [activated(row, invocation) for row in rows]
     result = train(base, source, rows, training, work.claim() / "train")
     if isinstance(source, Hypernetwork):
         source.learnt_from(contexts)

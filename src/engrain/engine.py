@@ -14,6 +14,7 @@ import copy
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engrain.adapter import Adapter, merge, stack
 from engrain.constrain import Grammars, choose, draw, forced
 from engrain.errors import EngrainError, ModelError
-from engrain.kv_cache import WIDEST_TOGETHER, KVCache, Line, Step, attending, common_prefix
+from engrain.kv_cache import WIDEST_TOGETHER, KVCache, Line, Step, attending
 from engrain.model import adapted
 from engrain.renderer import Renderer
 from engrain.turn import GREEDY, LONGEST_TURN, Completion, Lookup, Request, Sampling, Turn
@@ -41,7 +42,8 @@ class Engine:
     """Decodes many streams with one model. `encoded_tokens` counts tokens that went through it, in `passes` passes.
 
     An `adapter` is merged into a copy of the weights, for speed; with `hooked=True` it runs beside the caller's own
-    weights, which then must not be trained or adapted elsewhere until `close`.
+    weights, which then must not be trained or adapted elsewhere until `close`. An activated one cannot be either: give
+    it with each request. Then all before a turn is the base's, which streams under any activated adapter share.
     """
 
     def __init__(
@@ -146,6 +148,8 @@ class Engine:
                                f"{self.max_context - 1}; raise max_context or shorten the task")  # fmt: skip
         if request.grammar is not None:
             self.grammars.matcher(request.grammar)
+        if request.adapter is not None:
+            active_from(request.adapter, request.prompt)
 
     def release(self, owner: object) -> None:
         """The owner's stream is over. Its line is kept for its prefix until another stream needs the place."""
@@ -157,11 +161,12 @@ class Engine:
         prompt = list(request.prompt)
         line = next((line for line in self.cache.lines if line.owner == owner), None)
         fresh = line is None
-        line = line or self._free_line(prompt, request.adapter, owners)
+        active = active_from(request.adapter, prompt)
+        line = line or self._free_line(prompt, request.adapter, active, owners)
         self._clock += 1
         # A template that rewrote history: crop. The last token is encoded again if need be: it predicts the first new.
-        del line.ids[min(line.common(prompt, request.adapter), len(prompt) - 1) :]
-        line.owner, line.used, line.adapter = owner, self._clock, request.adapter
+        del line.ids[min(line.common(prompt, request.adapter, active), len(prompt) - 1) :]
+        line.owner, line.used, line.adapter, line.active = owner, self._clock, request.adapter, active
         matcher = self.grammars.matcher(request.grammar) if request.grammar is not None else None
         limit = min(request.max_new, self.max_context - len(prompt))
         sampling, kept = request.sampling or self.sampling, request.owner is not None
@@ -171,15 +176,15 @@ class Engine:
         turn.append(forced(matcher), self.stops)
         return turn
 
-    def _free_line(self, prompt: Sequence[int], adapter: Adapter | None, owners: Sequence[object]) -> Line:
+    def _free_line(self, prompt: Sequence[int], adapter: Adapter | None, active: int, owners: Sequence[object]) -> Line:
         """A line that nobody in this call needs: the one that shares most with the prompt, or else a new one."""
         lines = self.cache.lines
         full = len(lines) >= max(self.parallel, len(owners))
         free = [line for line in lines if line.owner is None]
         if full and not free:
             free = [min((line for line in lines if line.owner not in owners), key=lambda line: line.used)]
-        best = max(free, key=lambda line: line.common(prompt, adapter), default=None)
-        if best is not None and (full or not best.ids or best.common(prompt, adapter) >= SHORTEST_SHARED):
+        best = max(free, key=lambda line: line.common(prompt, adapter, active), default=None)
+        if best is not None and (full or not best.ids or best.common(prompt, adapter, active) >= SHORTEST_SHARED):
             return best
         return self.cache.add_line()
 
@@ -189,13 +194,13 @@ class Engine:
             if not turn.fresh:
                 continue
             longest = len(turn.prompt) - 1
-            adapter = turn.line.adapter
-            source = max(self.cache.lines, key=lambda line: line.common(turn.prompt, adapter))
-            shared = min(source.common(turn.prompt, adapter), longest)
+            own = replace(turn.line, ids=turn.prompt)
+            source = max(self.cache.lines, key=lambda line: line.common(own.ids, own.adapter, own.active))
+            shared = min(source.common(own.ids, own.adapter, own.active), longest)
             if shared - len(turn.line.ids) >= SHORTEST_SHARED:
                 self.cache.copy_prefix(source, turn.line, shared)
-            alike = (other for other in turns[number + 1 :] if other.fresh and other.line.adapter is adapter)
-            later = (common_prefix(other.prompt, turn.prompt) for other in alike)
+            fresh = ((other.prompt, other.line) for other in turns[number + 1 :] if other.fresh)
+            later = (own.common(prompt, line.adapter, line.active) for prompt, line in fresh)
             common = min(max(later, default=0), longest)
             if common - len(turn.line.ids) >= SHORTEST_SHARED:
                 self._encode([turn.line], [turn.prompt[len(turn.line.ids) : common]], [0])
@@ -299,7 +304,7 @@ class Engine:
         return logits
 
     def _adapting(self, lines: Sequence[Line], counts: Sequence[int]) -> AbstractContextManager[Any]:
-        """The adapter of each line on its own tokens."""
+        """The adapter of each line on its own tokens; an activated one on those of its turn."""
         own: list[Adapter | None] = []
         spans: list[int] = []
         for line, count in zip(lines, counts, strict=True):
@@ -312,7 +317,26 @@ class Engine:
             return nullcontext()
         if list(map(id, own)) != list(map(id, self._mixed[0])):
             self._mixed = (own, stack(own))
-        return adapted(self.model, self._mixed[1], spans)
+        acting = None
+        if any(len(line.ids) < line.active for line in lines):
+            cells = [(line, len(line.ids) + n) for line, count in zip(lines, counts, strict=True) for n in range(count)]
+            acting = torch.tensor([cell >= line.active for line, cell in cells], device=self.device)
+        return adapted(self.model, self._mixed[1], spans, acting)
+
+
+def active_from(adapter: Adapter | None, prompt: Sequence[int]) -> int:
+    """The token of a prompt from which on an adapter acts: the first, or that at which its last turn opens.
+
+    Raises `EngrainError` if an activated adapter's invocation tokens are not there.
+    """
+    if adapter is None or not adapter.invocation:
+        return 0
+    opening = list(adapter.invocation)
+    for start in range(len(prompt) - len(opening), -1, -1):
+        if list(prompt[start : start + len(opening)]) == opening:
+            return start
+    raise EngrainError(f"an activated adapter acts from the tokens {opening} on, which the prompt does not have; end "
+                       "it with the opening of the agent's turn")  # fmt: skip
 
 
 def _with_adapter(

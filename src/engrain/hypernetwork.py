@@ -196,7 +196,8 @@ def load_hypernetwork(path: Path, base: Base, encoder: Encoder | None = None) ->
                 "give the same encoder with the same settings"
             )
         sites = {site: (int(d_in), int(d_out)) for site, (d_in, d_out) in head["sites"].items()}
-        module = SOURCES[head["kind"]](encoder, sites, Settings(**head["settings"]))
+        settings = {**head["settings"], "invocation": tuple(head["settings"].get("invocation", ()))}
+        module = SOURCES[head["kind"]](encoder, sites, Settings(**settings))
         module.load_state_dict(load_file(path / WEIGHTS))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot read the hypernetwork ({type(error).__name__}: {error}); {again}") from error

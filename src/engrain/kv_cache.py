@@ -37,10 +37,15 @@ class Line:
     used: int = 0
     adapter: Adapter | None = None
     """What the model was adapted with as it encoded them."""
+    active: int = 0
+    """The first cell on which an activated adapter acts; those before are the base's, whoever asks for them."""
 
-    def common(self, prompt: Sequence[int], adapter: Adapter | None) -> int:
-        """How many of a prompt's first tokens this line holds, as that adapter encodes them."""
-        return common_prefix(self.ids, prompt) if self.adapter is adapter else 0
+    def common(self, prompt: Sequence[int], adapter: Adapter | None, active: int = 0) -> int:
+        """How many of a prompt's first tokens this line holds as an adapter encodes them that acts from a cell on."""
+        most = len(self.ids)
+        if self.adapter is not adapter or (adapter is not None and self.active != active):
+            most = min(place for by, place in ((self.adapter, self.active), (adapter, active)) if by is not None)
+        return min(most, common_prefix(self.ids, prompt)) if most else 0
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

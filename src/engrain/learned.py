@@ -30,6 +30,8 @@ class Settings:
     layers: int = 2
     strength: float = 2.0
     """alpha / rank of every adapter, however many rules it has."""
+    invocation: tuple[int, ...] = ()
+    """Of activated adapters: see `Adapter`."""
 
 
 class LearnedSource(nn.Module):
@@ -87,7 +89,7 @@ class LearnedSource(nn.Module):
                 a, b = torch.cat([a, factors[site].a], dim=-2), torch.cat([b, factors[site].b], dim=-1)
             joined[site] = Factors(a, b)
         rank = max(a.shape[-2] for a, _ in joined.values())
-        return Adapter(joined, self.settings.strength * rank, rank)
+        return Adapter(joined, self.settings.strength * rank, rank, self.settings.invocation)
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device

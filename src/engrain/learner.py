@@ -188,7 +188,7 @@ class Learner:
     def _loss(self, batch: Packed) -> Iterator[tuple[Tensor, int]]:
         adapter = self.source(batch.contexts) if self.source is not None else None
         # backward runs inside `adapted`: gradient checkpointing replays the forward
-        with adapted(self.model, adapter, batch.spans) if adapter is not None else nullcontext():
+        with adapted(self.model, adapter, batch.spans, batch.acting) if adapter is not None else nullcontext():
             with self.accelerator.autocast():
                 found = self.objective(self.model, adapter, batch)
             yield found

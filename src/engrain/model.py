@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -133,12 +133,18 @@ def taken_in(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
 
 
 @contextmanager
-def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> Iterator[None]:
+def adapted(
+    model: nn.Module,
+    adapter: Adapter,
+    spans: Sequence[int] = (),
+    acting: Bool[Tensor, " tokens"] | None = None,
+) -> Iterator[None]:
     """Within the block, every forward of the model has the adapter's term added at its sites.
 
     A batch of adapters over a packed stream has each of them act on its own `spans`, in tokens: the stream is folded
-    where all spans are alike, padded where all are short, and else cut; the factors are not copied. Run `backward`
-    inside the block too: gradient checkpointing replays the forward.
+    where all spans are alike, padded where all are short, and else cut; the factors are not copied. An activated one
+    leaves tokens on which it is not `acting` alone. Run `backward` inside the block too: gradient checkpointing replays
+    the forward.
     """
     handles = []
     short = spans and max(spans) <= WIDEST_PADDED
@@ -154,6 +160,8 @@ def adapted(model: nn.Module, adapter: Adapter, spans: Sequence[int] = ()) -> It
             elif a.dim() == 3 and spans:
                 deltas = [partial(delta, a=own_a, b=own_b) for own_a, own_b in zip(a, b, strict=True)]
                 delta = partial(_cut_delta, deltas, spans)
+            if acting is not None:
+                delta = partial(_gated_delta, delta, acting)
             handles.append(layer.register_forward_hook(partial(_add, delta)))
         yield
     finally:
@@ -175,8 +183,8 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 class Lengths:
     """Of the rows of a stream. `torch.compile` does not look into it, and compiles once for any number of rows."""
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Sequence[int], turns: Sequence[Sequence[tuple[int, int]]] = ()) -> None:
+        self._tokens, self.turns = tokens, turns
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._tokens)
@@ -189,7 +197,7 @@ def packed_hidden(model: PreTrainedModel, batch: Packed) -> Float[Tensor, "token
     output = model.get_decoder()(
         input_ids=batch.ids[None],
         position_ids=batch.position_ids[None],
-        lengths=Lengths(batch.lengths),
+        lengths=Lengths(batch.lengths, batch.turns),
         use_cache=False,
     )
     return output.last_hidden_state[0]
@@ -209,33 +217,55 @@ def packed_attention(
     lengths: Iterable[int],
     **_: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads d_head"], None]:
-    """Causal attention within each row of a flat stream. Exact: nothing is padded and nothing crosses rows."""
+    """Causal attention within each row of a flat stream. Exact: nothing is padded and nothing crosses rows. A turn that
+    is said again at a row's end sees the row up to where it stands there, and itself."""
+    rows = list(zip(*(states.split(list(lengths), dim=2) for states in (query, key, value)), strict=True))
+    turns: Sequence[Sequence[tuple[int, int]]] = getattr(lengths, "turns", ()) or [()] * len(rows)
+    attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window)
     outputs = []
-    for q, k, v in zip(*(states.split(list(lengths), dim=2) for states in (query, key, value)), strict=True):
-        band = _band(q.shape[2], sliding_window, q.device)
-        row = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=band,
-            dropout_p=dropout,
-            is_causal=band is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(row.transpose(1, 2))
+    for (q, k, v), again in zip(rows, turns, strict=True):
+        said = q.shape[2] - sum(end - start for start, end in again)
+        outputs.append(attend(q[:, :, :said], k[:, :, :said], v[:, :, :said]))
+        for start, end in again:
+            turn, said = slice(said, said + end - start), said + end - start
+            keys, values = (torch.cat([states[:, :, :start], states[:, :, turn]], dim=2) for states in (k, v))
+            outputs.append(attend(q[:, :, turn], keys, values))
     return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def _band(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask of a row longer than the sliding window: each token sees the last `window` tokens, itself included."""
-    if window is None or tokens <= window:
+def _attend(
+    q: Float[Tensor, "1 heads queries d_head"],
+    k: Float[Tensor, "1 kv_heads cells d_head"],
+    v: Float[Tensor, "1 kv_heads cells d_head"],
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Float[Tensor, "1 queries heads d_head"]:
+    """The queries are those of the last cells; each sees the cells up to its own."""
+    band = _band(q.shape[2], k.shape[2], window, q.device)
+    attended = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=band,
+        dropout_p=dropout,
+        is_causal=band is None,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return attended.transpose(1, 2)
+
+
+def _band(queries: int, cells: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries cells"] | None:
+    """The mask of the last cells, or of a row longer than the sliding window: each token sees the last `window` tokens,
+    itself included. None where plain causal attention is meant."""
+    if queries == cells and (window is None or cells <= window):
         return None
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window)
+    seen = torch.ones(queries, cells, dtype=torch.bool, device=device).tril(cells - queries)
+    return seen if window is None else seen.triu(cells - queries + 1 - window)
 
 
 def linear(model: nn.Module, site: str) -> nn.Linear:
@@ -261,6 +291,10 @@ Delta = Callable[[Tensor], Tensor]
 
 def _add(delta: Delta, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + delta(inputs[0])
+
+
+def _gated_delta(delta: Delta, acting: Bool[Tensor, " tokens"], x: Float[Tensor, "1 tokens d_in"]) -> Tensor:
+    return delta(x) * acting[:, None]
 
 
 def _cut_delta(deltas: Sequence[Delta], spans: Sequence[int], x: Float[Tensor, "1 tokens d_in"]) -> Tensor:

@@ -72,6 +72,8 @@ class Row:
     """For distillation."""
     rival: Rival | None = None
     """For the swap margin."""
+    turns: tuple[tuple[int, int], ...] = ()
+    """Of an activated row: where each turn that is said again at its end stands in it."""
 
 
 def _failure(reason: str, expected: str, got: str, fix: str) -> RenderError:
@@ -137,6 +139,13 @@ class Renderer:
         for text, message in self._stretches(trajectory, open=True)[-1]:
             ids += self._completion(text, message) if message else self._codec.encode(text)
         return ids
+
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens that open each of the agent's turns, from which on an activated adapter acts.
+
+        Raises `RenderError` if the template does not open them all alike.
+        """
+        return tuple(self._codec.encode(self._splitter.opening))
 
     def parse(self, ids: Sequence[int]) -> Message:
         """A completion, with or without its stop token, as an assistant message; calls are `call_0`, `call_1`, ...

@@ -85,7 +85,7 @@ class Service:
     ) -> None:
         self.agent, self._workflow, self._tenants, self._compiled = agent, workflow, tenants, compiled
         hypernetwork = compiled and agent.manifest.kind == "hypernetwork"
-        base = agent.load() if compiled and not hypernetwork else agent.load_base()
+        base, self._own = agent.decoding() if compiled and not hypernetwork else (agent.load_base(), None)
         self._adapters = agent.adapters(base) if hypernetwork else None
         self.renderer = agent.renderer
         self._engine = open_engine(base.model, self.renderer, parallel)
@@ -205,7 +205,7 @@ class Service:
 
     def _adapter(self, workflow: Workflow, tenant: str, messages: Sequence[Message]) -> tuple[Adapter | None, str]:
         if self._adapters is None:
-            return None, ""
+            return self._own, ""
         if strange := self._strange(workflow, tenant):
             return None, strange
         contexts = self.agent.contexts(workflow, tenant)

@@ -62,6 +62,14 @@ class Splitter:
             )
         self.stop = ends[-1]
 
+    @property
+    def opening(self) -> str:
+        """What opens every turn. Raises `RenderError` if nothing does, or not always the same."""
+        if len(self._openings) != 1 or "" in self._openings:
+            raise RenderError(f"expected a chat template that opens each of the agent's turns alike, got "
+                              f"{sorted(self._openings)}; compile without activation")  # fmt: skip
+        return next(iter(self._openings))
+
     def render(self, objects: Objects, tools: list[Json], *, open: bool) -> str:
         try:
             text = self._tokenizer.apply_chat_template(

@@ -58,6 +58,7 @@ def compile_(
     longest: Annotated[int, typer.Option(help="Leave out longer trajectories, in tokens.", min=1)] = 8192,
     keep_tools: Annotated[bool, typer.Option("--keep-tools", help="From logs: keep schemas in the prompt.")] = False,
     contexts: Annotated[Contexts, typer.Option(help="What a hypernetwork reads.")] = Contexts.tenant,
+    activated: Annotated[bool, typer.Option("--activated", help="The adapter acts on the agent's turns only.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of recording and training.")] = 0,
     with_base: Annotated[bool, typer.Option("--with-base", help="Copy the base into the agent.")] = False,
     json: Json = False,
@@ -76,6 +77,7 @@ def compile_(
         longest=longest,
         keep_tools=keep_tools,
         contexts=contexts.value,
+        activated=activated,
         seed=seed,
         **chosen,
     )
