@@ -15,13 +15,14 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engrain.agent import bundled_base
-from engrain.model import base_digest, load_base
+from engrain.model import base_digest, load_base, save_base
 from engrain.workflow import load_workflow
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "base"))
 DESK = load_workflow(ROOT / "examples" / "support_desk")
 
+import average  # noqa: E402
 import data  # noqa: E402
 import make  # noqa: E402
 from induction import write_induction_heads  # noqa: E402
@@ -179,3 +180,16 @@ def test_both_sizes_are_as_large_as_they_say():
             model = LlamaForCausalLM(recipe.config(recipe.vocabulary, 0, 1))
         parameters[size] = sum(parameter.numel() for parameter in model.parameters())
     assert 3e6 < parameters["cpu"] < 4e6 and 15e6 < parameters["gpu"] < 25e6
+
+
+def test_the_mean_of_bases_has_the_mean_of_their_weights(tmp_path: Path):
+    paths = [tmp_path / "first", tmp_path / "second"]
+    base = load_base(bundled_base())
+    for number, path in enumerate(paths, 1):
+        with torch.no_grad():
+            base.model.get_input_embeddings().weight.fill_(float(number))
+        save_base(base, path)
+    average.main(paths, tmp_path / "mean")
+    weights = load_base(tmp_path / "mean").model.state_dict()
+    assert (weights["model.embed_tokens.weight"] == 1.5).all()
+    assert torch.equal(weights["model.norm.weight"], base.model.state_dict()["model.norm.weight"])
