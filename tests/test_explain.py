@@ -12,6 +12,7 @@ import torch
 from models import tiny
 from transformers import PreTrainedTokenizerBase
 
+from engrain.adapter import unstack
 from engrain.context import Context, Rule, Section
 from engrain.encoder import Features, padded
 from engrain.errors import InputError
@@ -19,7 +20,7 @@ from engrain.explain import rule_effects
 from engrain.hypernetwork import Hypernetwork
 from engrain.learned import Settings
 from engrain.learner import TrainConfig
-from engrain.model import Base, sites
+from engrain.model import Base, adapted, sites
 from engrain.renderer import Row
 from engrain.train import train
 
@@ -83,3 +84,22 @@ def test_nothing_to_explain_is_refused() -> None:
     for row, told in ((Row([1, 2], [True, False]), context("x")), (Row([1, 2], [False, True]), Context())):
         with pytest.raises(InputError, match="masked action"):
             rule_effects(base, source, told, row)
+
+
+def test_an_activated_term_has_its_effect_where_it_acts() -> None:
+    base = Base(tiny("llama"), PreTrainedTokenizerBase(), "tiny")
+    torch.manual_seed(0)
+    source = Hypernetwork(Words(), sites(base.model), Settings(shared_rank=4, width=32, layers=1, invocation=(5,)))
+    torch.nn.init.ones_(source.heads.strength)
+    told = context("x 2")
+    effects = [rule_effects(base, source, told, Row([*before, 5, 30, 42], [False] * len(before) + LAST))
+               for before in ([9, 9], [8, 7])]  # fmt: skip
+    ((first,), (second,)) = (found.values() for found in effects)
+    assert first != second  # the base's own reading of what came before still counts
+    row = torch.tensor([[9, 9, 5, 30, 42]])
+    with torch.no_grad():
+        said = []
+        for one in (source([told]), source([Context()])):
+            with adapted(base.model, unstack(one)[0], acting=torch.arange(5) >= 2):
+                said.append(float(base.model(row).logits[0, 3].log_softmax(-1)[42]))
+    assert first == pytest.approx(said[0] - said[1], abs=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -48,6 +49,13 @@ def test_a_name_is_the_adapter_of_the_profile_as_it_is_now(hyper_agent: Path, te
     before = {file: file.stat().st_mtime_ns for file in changed.iterdir()}
     again = Emitter(load_agent(hyper_agent), tenants, tmp_path / "out", rank=64)("library/east")
     assert again == changed and {file: file.stat().st_mtime_ns for file in changed.iterdir()} == before
+
+
+def test_activated_adapters_are_refused(hyper_agent: Path, tenants: Path, tmp_path: Path) -> None:
+    agent = load_agent(hyper_agent)
+    manifest = agent.manifest.model_copy(update={"config": {**agent.manifest.config, "activated": True}})
+    with pytest.raises(InputError, match="act on all tokens"):
+        Emitter(replace(agent, manifest=manifest), tenants, tmp_path / "out")
 
 
 def test_any_other_name_means_nothing(hyper_agent: Path, tenants: Path, tmp_path: Path) -> None:

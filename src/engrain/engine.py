@@ -344,6 +344,8 @@ def _with_adapter(
 ) -> tuple[PreTrainedModel, AbstractContextManager[Any]]:
     if adapter is None:
         return model, nullcontext()
+    if adapter.invocation:
+        raise ModelError("an activated adapter acts on the agent's turns only; give it with each request")
     if hooked:
         return model, adapted(model, adapter)
     model = copy.deepcopy(model)

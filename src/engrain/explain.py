@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from engrain.adapter import Adapter, unstack
 from engrain.batch import Packed, collate
 from engrain.context import Context, Rule
+from engrain.engine import active_from
 from engrain.errors import InputError
 from engrain.learned import LearnedSource
 from engrain.model import PACKED, Base, adapted, attention
@@ -35,13 +37,15 @@ def rule_effects(base: Base, source: LearnedSource, context: Context, row: Row) 
         with torch.no_grad(), attention(base.model, PACKED):
             batch = collate([Row(row.ids, row.mask)]).to(base.model.device)
             adapters = unstack(source(contexts))
-            whole, *parts = (_log_likelihood(base, adapter, batch) for adapter in adapters)
+            start = active_from(adapters[0], row.ids[: row.mask.index(True, 1)])
+            acting = torch.arange(len(row.ids), device=base.model.device) >= start if start else None
+            whole, *parts = (_log_likelihood(base, adapter, batch, acting) for adapter in adapters)
     finally:
         source.train(before)
     effects = {rule: whole - part for rule, part in zip(context.rules, parts, strict=True)}
     return dict(sorted(effects.items(), key=lambda pair: -abs(pair[1])))
 
 
-def _log_likelihood(base: Base, adapter: Adapter, batch: Packed) -> float:
-    with adapted(base.model, adapter):
+def _log_likelihood(base: Base, adapter: Adapter, batch: Packed, acting: Tensor | None) -> float:
+    with adapted(base.model, adapter, acting=acting):
         return -float(row_loss(base.model, adapter, batch)[0])

@@ -46,6 +46,9 @@ class Emitter:
         if agent.manifest.config.get("contexts") == "step":
             raise InputError(f"{agent.path} has an adapter for each step, and vLLM one a request; compile it with "
                              "--contexts tenant")  # fmt: skip
+        if agent.manifest.config.get("activated"):
+            raise InputError(f"{agent.path} has activated adapters, and vLLM's act on all tokens; compile it without "
+                             "--activated")  # fmt: skip
         self._adapters: Adapters = agent.adapters(agent.load_base())
         self._lock = Lock()
 
