@@ -22,7 +22,8 @@ from engrain.model import PACKED, adapted, attention
 from engrain.objective import row_loss
 from engrain.renderer import Renderer, Row
 from engrain.rollout import rollout
-from engrain.trajectory import read_trajectories
+from engrain.service import Asked, Service
+from engrain.trajectory import Message, read_trajectories
 from engrain.turn import Request
 from engrain.workflow import load_workflow
 
@@ -105,6 +106,8 @@ def test_the_engine_switches_adapters_and_encodes_only_turns_again(architecture:
     assert other == exact(prompt, second) and encoded < len(opening) + 12
     plain, _ = decode(prompt, None, "three")
     assert plain == exact(prompt, None)
+    together = engine.decode([Request(one, None, 6, adapter=by) for one, by in ((longer, first), (prompt, second))])
+    assert [made.ids for made in together] == [exact(longer, first), exact(prompt, second)]
     with pytest.raises(EngrainError, match="which the prompt does not have"):
         engine.check(Request(shared, adapter=first))
 
@@ -143,6 +146,10 @@ def test_a_workflow_compiles_to_activated_adapters(
     policy.engine.decode = lambda requests: (asked.extend(requests), decode(requests))[1]  # type: ignore[method-assign]
     (made,) = rollout(workflow, [task], policy, parallel=1)
     assert made.steps and all(request.adapter.invocation == agent.renderer.invocation() for request in asked)
+    service = Service(agent, workflow, parallel=1)
+    served = service.prepare(task.tenant, Asked((Message(role="user", content=task.request),))).request.adapter
+    service.close()
+    assert served is not None and served.invocation == agent.renderer.invocation()
     with pytest.raises(EngrainError, match=r"cannot be merged|only for a context"):
         agent.load()
 

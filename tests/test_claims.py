@@ -17,6 +17,7 @@ from engrain.budget import Budget
 from engrain.claim_tables import NONE, adaptation, crowd, document, notes, orchestration, paying, totals
 from engrain.claims import Measured, Sizes, measure
 from engrain.compiled_policy import CompiledPolicy
+from engrain.evaluate import Plan
 from engrain.facts import foreign
 from engrain.page import Table, read_page, write_report
 from engrain.spent import Spent
@@ -110,6 +111,14 @@ def test_a_crowd_is_read_by_retrieval_alone(measured: Measured) -> None:
     assert not isinstance(measured.made, str) and measured.made.tenants == 3
     network = measured.methods["hypernetwork"].megabytes
     assert float(rows["hypernetwork"][-1]) == pytest.approx(network + 3 * measured.made.megabytes, abs=0.05)
+
+
+def test_without_tenants_there_is_no_crowd(measured: Measured, agent: Path, library: Path, place: Path) -> None:
+    workflow = replace(load_workflow(library), tenants={})
+    plan = Plan(("held_out",), 2)
+    runs, made = claims._crowds(workflow, [load_agent(agent)], None, plan, SIZES, place / "none", lambda *_: None)
+    assert not runs and isinstance(made, str) and "no tenants" in made
+    assert document(replace(measured, crowds=runs, made=made)).blocks
 
 
 def test_the_page_can_be_read_back(measured: Measured, tmp_path: Path) -> None:

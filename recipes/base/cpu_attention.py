@@ -78,8 +78,8 @@ def use() -> bool:
         window, scale = options.get("sliding_window"), options.get("scaling") or query.shape[-1] ** -0.5
         lengths = list(options["lengths"])
         longer = window is not None and max(lengths) > window
-        longer = longer or bool(getattr(options["lengths"], "turns", ()))
-        if value.dtype != torch.bfloat16 or query.shape != value.shape or query.shape[-1] != HEAD or longer:
+        again = bool(getattr(options["lengths"], "turns", ()))
+        if again or value.dtype != torch.bfloat16 or query.shape != value.shape or query.shape[-1] != HEAD or longer:
             return PLAIN(module, query, key, value, mask, **options)
         states = (one[0].transpose(0, 1).to(torch.bfloat16).contiguous() for one in (query, key, value))
         return _Attention.apply(kernel, lengths, scale, *states)[None], None

@@ -18,8 +18,8 @@ from engrain.claims import COMPILED, CROWDED, NA, SEEN, Measured, Method
 from engrain.costs import Priced, break_even, pick
 from engrain.facts import foreign
 from engrain.orchestrated import META
-from engrain.page import Block, Document, Lines, Notes, Point, Table
-from engrain.plots import plots, reduced
+from engrain.page import Block, Document, Lines, Notes, Table
+from engrain.plots import plots, point_of, reduced
 from engrain.score import Interval, bootstrap, paired_difference, step_seconds, succeeded, successes, verdict, written
 from engrain.spent import Spent
 from engrain.trajectory import Message, Trajectory
@@ -61,7 +61,8 @@ def document(measured: Measured) -> Document:
     blocks: list[Block] = [adaptation(measured), orchestration(measured), *paying(measured), crowd(measured)]
     seen = {name: reduced(method.runs[SEEN], method.alone) for name, method in measured.methods.items()}
     long = {name: reduced(_every(method), ()) for name, method in measured.methods.items()}
-    drawn = [*plots({"all kinds of task": long}), *plots({SEEN: seen})[1:], against_tenants(measured)]
+    drawn = [*plots({"all kinds of task": long}), *plots({SEEN: seen})[1:]]
+    drawn += [against_tenants(measured)] if measured.crowds else []
     return Document(
         f"{measured.workflow.name}: the tables of the sources", about, (*blocks, *drawn, Notes(tuple(notes(measured))))
     )
@@ -157,17 +158,15 @@ def _kept(name: str, method: Method, measured: Measured) -> tuple[str, str]:
 
 def against_tenants(measured: Measured) -> Lines:
     every = list(measured.crowds.values())
-
-    def point(place: int, name: str) -> Point:
-        runs = every[place][name]
-        found = bootstrap([float(succeeded(run)) for run in runs], [run.task for run in runs], resamples=RESAMPLES)
-        return Point(float(place), found.mean, found.low, found.high, len(runs))
-
+    points = {
+        name: tuple(point_of(float(place), reduced(runs[name], ()).runs) for place, runs in enumerate(every))
+        for name in every[0]
+    }
     return Lines(
         "Success against the number of tenants",
         "tenants",
         "success",
-        {name: tuple(point(place, name) for place in range(len(every))) for name in (every[0] if every else ())},
+        points,
         about="Of the arms that read more when there are more tenants. 95% bootstrap intervals over tasks.",
         labels=tuple(f"{count:,}" for count in measured.crowds),
         shares=True,

@@ -178,9 +178,13 @@ def _crowds(
 ) -> tuple[dict[int, dict[str, Sequence[Trajectory]]], Made | str]:
     """Each number of tenants: runs of the arms that read more for it; and a hypernetwork's adapters for the largest."""
     split, runs = plan.splits[0], dict[int, dict[str, Sequence[Trajectory]]]()
+    if not workflow.tenants:
+        return runs, f"{NA}there are no tenants"
     for count in sizes.crowds:
         crowd, place = crowded(workflow, split, count, plan.seed), out / f"crowd_{count}"
         arms = [arm for arm in _available(agents, crowd, facts)[0] if arm.name in CROWDED]
+        if not arms:
+            break
         evaluate(crowd, arms, plan, place, progress)
         runs[count] = {arm.name: list(read_trajectories(place / f"{arm.name}.{split}.jsonl")) for arm in arms}
     hyper = next((agent for agent in agents if agent.manifest.kind == "hypernetwork"), None)

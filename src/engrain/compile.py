@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 import engrain
+from engrain.activated import activated
 from engrain.agent import (
     BUNDLED,
     GOLDEN,
@@ -277,7 +278,6 @@ def _train(
 ) -> tuple[ConstantAdapter | Hypernetwork | None, TrainResult]:
     import torch
 
-    from engrain.activated import activated
     from engrain.adapter import ConstantAdapter
     from engrain.encoder import BaseEncoder, Cached
     from engrain.hypernetwork import Hypernetwork

@@ -97,7 +97,7 @@ def against_steps(split: str, arms: Split, seed: int = 0) -> Lines:
 def _by_steps(runs: Sequence[Run], seed: int) -> Iterable[Point]:
     least = 0
     for place, most in enumerate(STEPS.values()):
-        yield _point(float(place), [run for run in runs if least <= run.steps <= most], seed)
+        yield point_of(float(place), [run for run in runs if least <= run.steps <= most], seed)
         least = most + 1
 
 
@@ -121,7 +121,7 @@ def calibration(split: str, arms: Mapping[str, Sequence[Run]], seed: int = 0) ->
         "probability that the model gave to all that it wrote",
         "success",
         {
-            arm: tuple(_point(_mean([_sure(run) for run in some]), some, seed) for some in _bins(runs))
+            arm: tuple(point_of(_mean([_sure(run) for run in some]), some, seed) for some in _bins(runs))
             for arm, runs in arms.items()
         },
         about="Above the line: right more often than the model's confidence says. Larger marks are of more runs; 95% "
@@ -153,7 +153,8 @@ def _bins(runs: Sequence[Run]) -> list[list[Run]]:
     return [some for some in bins if some]
 
 
-def _point(x: float, runs: Sequence[Run], seed: int) -> Point:
+def point_of(x: float, runs: Sequence[Run], seed: int = 0) -> Point:
+    """The share of runs that succeeded, with its interval over tasks."""
     if not runs:
         return Point(x, None)
     right, tasks = [float(run.success) for run in runs], [run.task for run in runs]

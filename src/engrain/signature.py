@@ -50,12 +50,7 @@ def read_signature(function: Callable[..., Any], name: str, state: type | None) 
     try:
         adapter = TypeAdapter[Any](_arguments_type(name, parameters, hints, documented))
         full = adapter.json_schema()
-    except (
-        PydanticUserError,
-        NameError,
-        TypeError,
-        AttributeError,
-    ) as error:  # the last two: typing, of what is no type
+    except (PydanticUserError, NameError, TypeError, AttributeError) as error:  # typing raises the last two
         raise WorkflowError(f"tool {name!r}: a type hint has no JSON Schema: {str(error).splitlines()[0]}") from error
     schema = {"type": "object", "properties": {}, **flat_schema(full)}
     for parameter in parameters:

@@ -15,8 +15,10 @@ class Spent:
     """Of this process and of those that it has waited for; None where they were not counted."""
 
     def __add__(self, other: Spent) -> Spent:
-        known = self.cpu_seconds is not None and other.cpu_seconds is not None
-        return Spent(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds if known else None)  # type: ignore[operator]
+        seconds = self.seconds + other.seconds
+        if self.cpu_seconds is None or other.cpu_seconds is None:
+            return Spent(seconds, None)
+        return Spent(seconds, self.cpu_seconds + other.cpu_seconds)
 
 
 def stopwatch() -> Callable[[], Spent]:
