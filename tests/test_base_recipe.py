@@ -152,7 +152,7 @@ def test_the_recipe_goes_on_from_an_earlier_base_and_says_so(tmp_path, monkeypat
 def test_it_begins_at_the_stage_that_is_asked_for(tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(make, "train_stage", lambda base, work, recipe, number, *_: begun.append(number) or base)
-    monkeypatch.setattr(make, "card", lambda *_: "")
+    monkeypatch.setattr(make, "how", lambda *_: "")
     make.main(tmp_path / "base", work=tmp_path / "work", start=bundled_base(), first="anneal")
     assert [make.STAGES[number].name for number in begun] == ["anneal"]
     with pytest.raises(typer.BadParameter, match="'annealing' is none of routes, "):
@@ -188,7 +188,15 @@ def test_the_mean_of_bases_has_the_mean_of_their_weights(tmp_path: Path):
     for number, path in enumerate(paths, 1):
         base.model.state_dict()["model.embed_tokens.weight"].fill_(float(number))
         save_base(base, path)
+        card = make.opening(base.model.num_parameters()) + f"- run {number}\n\n## Capability probes\n\nits own\n"
+        (path / "README.md").write_text(card)
     average.main(paths, tmp_path / "mean")
     weights = load_base(tmp_path / "mean").model.state_dict()
     assert (weights["model.embed_tokens.weight"] == 1.5).all()
     assert torch.equal(weights["model.norm.weight"], base.model.state_dict()["model.norm.weight"])
+    card = (tmp_path / "mean" / "README.md").read_text()
+    assert all(f"## {base_digest(path)[:12]}\n\n- run {number}\n" in card for number, path in enumerate(paths, 1))
+    assert card.count("# The bundled base") == 1 and "its own" not in card
+    (paths[1] / "README.md").unlink()
+    with pytest.raises(typer.BadParameter, match=r"second: expected README\.md"):
+        average.main(paths, tmp_path / "mean")

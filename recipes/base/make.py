@@ -256,15 +256,25 @@ def probed(report: Path, base: Path) -> str:
     return f"## Capability probes\n{table}"
 
 
-def card(
-    size: str,
-    recipe: Recipe,
-    work: Path,
-    parameters: int,
-    english: bool,
-    start: Path | None = None,
-    first: int = 0,
-) -> str:
+def opening(parameters: int) -> str:
+    """Of the card: what every base of this recipe is."""
+    return f"""\
+---
+license: apache-2.0
+pipeline_tag: text-generation
+---
+# The bundled base
+
+A Llama decoder of {parameters:,} parameters, trained by `recipes/base/make.py` on drills and on
+trajectories of procedural worlds of workflows (`recipes/worlds`). It reads procedures, rules and tool schemas and
+carries them out; it is a starting point to compile on and to test with, not a general model. Its first three layers
+start as induction heads (`recipes/base/induction.py`), so that it can copy lines and identifiers from the first step.
+
+"""
+
+
+def how(size: str, recipe: Recipe, work: Path, english: bool, start: Path | None = None, first: int = 0) -> str:
+    """Of the card: how this base came to be."""
     settings = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     stages = ""
     for stage in STAGES[first:]:
@@ -279,17 +289,6 @@ def card(
         else "none"
     )
     return f"""\
----
-license: apache-2.0
-pipeline_tag: text-generation
----
-# The bundled base
-
-A Llama decoder of {parameters:,} parameters, trained by `recipes/base/make.py` on drills and on
-trajectories of procedural worlds of workflows (`recipes/worlds`). It reads procedures, rules and tool schemas and
-carries them out; it is a starting point to compile on and to test with, not a general model. Its first three layers
-start as induction heads (`recipes/base/induction.py`), so that it can copy lines and identifiers from the first step.
-
 - Started from {earlier}.
 - Never seen: the families of workflows named in `recipes/worlds/held_out.txt`, and the support desk.
 - Other text: {words}.
@@ -308,6 +307,13 @@ Watched during training: the mean loss of 50 steps, and the share of right answe
 {curves(work, STAGES[first:])}
 {settings}
 """
+
+
+def write_card(base: Path, parameters: int, how_made: str, probes: Path | None) -> None:
+    """The base's README, with the table that `engrain base probe` wrote of it to `probes`."""
+    with replacing(base / "README.md") as file:
+        file.write(opening(parameters) + how_made)
+        file.write(f"\n{probed(probes, base)}" if probes else "")
 
 
 def commit() -> str:
@@ -358,9 +364,7 @@ def main(
     base.model.bfloat16()
     save_base(base, out)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    with replacing(out / "README.md") as file:
-        file.write(card(size, recipe, work, parameters, english is not None, start, begin))
-        file.write(f"\n{probed(probes, out)}" if probes else "")
+    write_card(out, parameters, how(size, recipe, work, english is not None, start, begin), probes)
     typer.echo(f"{out}: {parameters:,} parameters")
 
 
