@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from engrain.facts import RETRIEVED, foreign, rules
 from engrain.policy import ScriptTeacher
 from engrain.rollout import Added, rollout
 from engrain.task import Task
-from engrain.trajectory import read_trajectories
+from engrain.trajectory import Message, read_trajectories
 from engrain.workflow import Workflow, load_workflow
 
 ASKED = list(islice(tasks("wording", 7), 4))
@@ -97,6 +98,21 @@ def test_the_peers_of_an_agent(agent: Path, library: Path, tmp_path: Path, embed
     assert agent_arms(["rag"], [loaded], edited)[0].digest != made[2].digest
 
 
+def test_plain_code_knows_the_tenant_and_the_messages_alone(agent: Path, library: Path, tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def code(tenant: str, messages: Sequence[Message]) -> Message:
+        asked.append((tenant, messages[-1].content))
+        return Message(role="assistant", content="done")
+
+    source = replace(load_workflow(library), code=code)
+    arms = agent_arms(["code"], [load_agent(agent)], source)
+    report = evaluate(source, arms, Plan(("held_out",), tasks=2, latency_tasks=0, seed=3), tmp_path)
+    tasks = list(islice(source.tasks("held_out", 3), 2))
+    assert asked == [(task.tenant, task.request) for task in tasks]
+    assert report.cells["code"]["held_out"].score.success.mean == 0
+
+
 def test_what_was_added_reaches_the_model_and_the_files(
     agent: Path, library: Path, tmp_path: Path, embedded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +140,7 @@ def test_an_arm_that_cannot_be_is_refused_with_the_reason(
         with pytest.raises(InputError, match=says):
             agent_arms([name], [loaded], source, of)
 
+    refused("code", "not applicable: 'library' has no code")
     refused("hypernetwork_rag", "not applicable: 'library' has no facts")
     refused("hypernetwork_rag", "not applicable: 'library' has no facts", library / "facts")
     monkeypatch.setattr(arms, "find_spec", lambda module: None)

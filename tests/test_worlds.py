@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engrain.budget import Budget
-from engrain.policy import ScriptTeacher
+from engrain.policy import Program, ScriptTeacher
 from engrain.rollout import rollout
 from engrain.trajectory import Message, ToolCall
 
@@ -53,6 +53,23 @@ def test_the_teacher_reaches_every_goal(name):
             tasks = list(islice(flow.tasks(split, 1), 1 if split == "long40" else 6))
             for run in rollout(flow, tasks, ScriptTeacher(flow), parallel=1, budget=Budget(steps=200)):
                 assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.meta)
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_the_program_reads_every_request_and_reaches_its_goal(name):
+    _, _, flow = made(name, 0)
+    assert flow.code is not None
+    for split in flow.splits:
+        tasks = list(islice(flow.tasks(split, 2), 1 if split == "long40" else 12))
+        for run in rollout(flow, tasks, Program(flow.code), parallel=1, budget=Budget(steps=200)):
+            assert run.outcome is not None and run.outcome.success, (run.task, run.outcome, run.messages[1].content)
+
+
+def test_the_program_knows_no_words_but_its_own():
+    _, rules, flow = made("clinic", 0)
+    assert flow.code is not None
+    turn = flow.code(next(iter(rules)), [Message(role="user", content="Hello, I am here: sing me a song.")])
+    assert turn.content == "not understood" and not turn.tool_calls
 
 
 @pytest.mark.parametrize("name", catalogue.NAMES)

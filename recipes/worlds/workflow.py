@@ -12,6 +12,7 @@ from engrain.trajectory import Message
 from engrain.workflow import Phase, Workflow
 from worlds.clerk import check, decide
 from worlds.language import made_up, vary
+from worlds.program import program
 from worlds.store import Store
 from worlds.tasks import Rules, draw_rules, long_task, make_task, write_rules
 from worlds.world import World
@@ -85,4 +86,5 @@ def workflow(world: World, rules: Mapping[str, Rules], paraphrased: bool = False
         open=lambda task: Store(world, task),
         teacher=lambda task, messages: decide(world, task, messages),
         check=lambda task, store, messages: check(world, task, store, messages),
+        code=program(world, rules),
     )

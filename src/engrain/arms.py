@@ -33,7 +33,7 @@ from engrain.facts import (
     strict,
 )
 from engrain.orchestrated import orchestrated, transcript
-from engrain.policy import Policy, ScriptTeacher
+from engrain.policy import Policy, Program, ScriptTeacher
 from engrain.rollout import Added, rollout
 from engrain.score import succeeded
 from engrain.task import Task
@@ -42,9 +42,10 @@ from engrain.workflow import Instructions, Workflow
 
 ARMS = (
     "base", "prompt", "few_shot", "rag", "rag_strict", "orchestrated", "lora", "full", "hypernetwork",
-    "hypernetwork_rag", *CONTROLS, "teacher",
+    "hypernetwork_rag", *CONTROLS, "code", "teacher",
 )  # fmt: skip
-"""`CONTROLS` are a hypernetwork under other contexts than the tenants' own; `teacher` is the ceiling."""
+"""`CONTROLS` are a hypernetwork under other contexts than the tenants' own; `code` is the
+workflow's plain program and `teacher` the ceiling."""
 TRAIN = "train"
 EXAMPLES = 3
 """Worked examples in the prompt of `few_shot`."""
@@ -110,6 +111,11 @@ def _named(
         case "orchestrated":
             _need(name, "peers", "langgraph", "langchain_openai", "fastapi", "uvicorn")
             return Arm(name, "full", agent.manifest.base.digest, partial(orchestrated, agent, workflow))
+        case "code":
+            if (code := workflow.code) is None:
+                raise InputError(f"arm {name} is not applicable: {workflow.name!r} has no code; give its Workflow one "
+                                 "or leave the arm out of --arms")  # fmt: skip
+            return Arm(name, "none", "program", lambda parallel: Program(code))
         case "teacher":
             return Arm(name, "full", "script", lambda parallel: ScriptTeacher(workflow))
         case "hypernetwork_rag":

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engrain.canary import Leaks
-from engrain.claims import COMPILED, CROWDED, NA, SEEN, Measured, Method
+from engrain.claims import COMPILED, CROWDED, NA, SCRIPTS, SEEN, Measured, Method
 from engrain.costs import Priced, break_even, pick
 from engrain.facts import foreign
 from engrain.orchestrated import META
@@ -42,6 +42,7 @@ PARTS: Mapping[str, Sequence[str]] = {
     "full": ("model",),
     "hypernetwork": ("model", "hypernetwork"),
     "hypernetwork_rag": ("model", "hypernetwork", "index", "embedder"),
+    "code": ("code",),
     "teacher": ("code",),
 }
 """What must run and be kept in step, by arm; counted by hand, beside the tools and the runtime that all have."""
@@ -106,7 +107,7 @@ def orchestration(measured: Measured) -> Table:
         read, wrote, seconds = _step(method)
         runs = method.runs[SEEN]
         failed = (_share(sum(method.kinds[kind].values()), len(runs)) for kind in kinds)
-        calls = _mean(_calls(runs), runs, 1) if name != "teacher" else "0"
+        calls = _mean(_calls(runs), runs, 1) if name not in SCRIPTS else "0"
         rows.append((name, _success(runs), seconds, read, wrote, calls, *failed, str(len(PARTS[name]))))
     return Table(headings, tuple(rows), "Orchestrated beside compiled")
 

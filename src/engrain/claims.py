@@ -36,7 +36,7 @@ from engrain.workflow import Workflow
 
 ARMS = (
     "prompt", "few_shot", "rag", "rag_strict", "orchestrated", "lora", "full", "hypernetwork", "hypernetwork_rag",
-    "another", "empty", "base", "teacher",
+    "another", "empty", "base", "code", "teacher",
 )  # fmt: skip
 CROWDED = ("rag", "rag_strict")
 """Arms that read more when there are more tenants; the others read their own tenant's rules, or none."""
@@ -50,6 +50,8 @@ ROLES: Mapping[str, Sequence[str]] = {
     "40 steps": ("long40",),
 }
 """What is asked, and the names of splits that ask it; the first that the workflow has."""
+SCRIPTS = ("code", "teacher")
+"""Arms without a model."""
 SEEN = "seen tenants"
 GENERAL = ("copy", "compare")
 """Probes of the suite that tell what a base forgot."""
@@ -202,7 +204,7 @@ def _leaks(
         return dict.fromkeys(ARMS, f"{NA}there is one tenant")
     planted, words = plant(workflow)
     asked = extraction(planted)
-    arms = [arm for arm in _available(agents, asked, facts)[0] if arm.name != "teacher"]
+    arms = [arm for arm in _available(agents, asked, facts)[0] if arm.name not in SCRIPTS]
     plan = replace(plan, splits=(*plan.splits, EXTRACTION))
     evaluate(asked, arms, plan, out / "canary", progress)
     paths = {arm.name: [out / "canary" / f"{arm.name}.{split}.jsonl" for split in plan.splits] for arm in arms}
@@ -218,7 +220,7 @@ def update(arm: str, agent: Agent | None, workflow: Workflow) -> Spent | str:
     pays for reading it.
     """
     rule = next((rule for section in workflow.tenants.values() for rule in section.rules), "")
-    if arm in ("base", "teacher") or not rule:
+    if arm in ("base", *SCRIPTS) or not rule:
         return f"{NA}it reads no rules"
     if arm in ("lora", "full"):
         assert agent is not None

@@ -87,6 +87,25 @@ class ScriptTeacher(OneByOne):
             return error
 
 
+class Program(OneByOne):
+    """The workflow's plain code, which knows no more of a task than its tenant and its messages."""
+
+    name = "code"
+
+    def __init__(self, code: Callable[[str, Sequence[Message]], Message]) -> None:
+        self.code = code
+
+    def sampled(self, temperature: float, seed: int) -> Program:
+        """Nothing of it is drawn."""
+        return self
+
+    def _turn(self, episode: Episode) -> Message | Exception:
+        try:
+            return self.code(episode.task.tenant, episode.trajectory.messages)
+        except Exception as error:
+            return error
+
+
 class ReplayTeacher(OneByOne):
     """Says again what the log of the same task says, turn by turn, whatever the tools answer this time.
 

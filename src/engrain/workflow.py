@@ -60,6 +60,9 @@ class Workflow:
     """The right next turn from any state, also one that a student wandered into."""
     check: Callable[[Task, Any, Sequence[Message]], Outcome]
     """Whether the final state is the goal and nothing forbidden happened."""
+    code: Callable[[str, Sequence[Message]], Message] | None = None
+    """The workflow as a plain program, where there is one: (tenant, messages) -> the next turn. It reads a request's
+    words, as agents do beside which it is measured; the teacher knows what was meant."""
 
     def __post_init__(self) -> None:
         known = {tool.name for tool in self.tools}
