@@ -6,11 +6,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from engrain.keys import Everybody, Keys
 from engrain.serve import create_app
@@ -23,13 +24,18 @@ AGENT = ROOT / "agents" / "support_desk"
 DESK = ROOT / "examples" / "support_desk"
 
 
-@contextmanager
-def served(service: Service, keys: Keys | Everybody) -> Iterator[str]:
+def served(service: Service, keys: Keys | Everybody) -> AbstractContextManager[str]:
     """Its address, up to `/v1`."""
+    return running(create_app(service, keys))
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """An application's address, up to `/v1`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = uvicorn.Config(create_app(service, keys), port=port, log_level="error", timeout_graceful_shutdown=30)
+    config = uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=30)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

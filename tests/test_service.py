@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from engrain.agent import load_agent
 from engrain.errors import InputError, Overloaded
 from engrain.policy import Episode
+from engrain.scheduler import Scheduler
 from engrain.service import Asked, Prepared, Service
 from engrain.trajectory import Message, Trajectory
 from engrain.turn import Completion, Request
@@ -83,7 +85,7 @@ def test_turns_that_come_back_have_their_tokens_again_for_their_own_tenant_only(
     asked = Asked([HELLO])
     prepared = service.prepare("north", asked)
     text = "<think>secret</think>Done."
-    ids = [*service._engine.tokenizer.encode(text, add_special_tokens=False), service.renderer.stop_ids[0]]
+    ids = [*service.renderer.tokenizer.encode(text, add_special_tokens=False), service.renderer.stop_ids[0]]
     message = service.message(prepared, Completion(ids, [0.0] * len(ids), 0.1))
     back = Message(role="assistant", content=message.content)
     again = Asked([HELLO, back, Message(role="user", content="And now?")])
@@ -107,7 +109,8 @@ def test_a_bare_base_is_told_its_tools(library: Path, agent: Path) -> None:
         told, plain = (service.text(service.prepare("north", asked).request.prompt) for service in (bare, compiled))
         assert [name for name in every if name in told] == names and not [name for name in every if name in plain]
     assert others
-    weights = [service._engine.model.state_dict() for service in (bare, compiled)]
+    schedulers = [cast(Scheduler, service._turns) for service in (bare, compiled)]
+    weights = [scheduler._engine.model.state_dict() for scheduler in schedulers]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     bare.close()
     compiled.close()

@@ -55,6 +55,10 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="engrain-scheduler", daemon=True)
         self._thread.start()
 
+    def check(self, request: Request) -> None:
+        """Raises `EngrainError` if the prompt does not fit or the grammar does not compile."""
+        self._engine.check(request)
+
     def submit(
         self,
         request: Request,

@@ -22,10 +22,11 @@ from engrain.adapters import Adapters
 from engrain.agent import Agent, open_engine
 from engrain.compiled_policy import CompiledPolicy
 from engrain.context_files import read_section
-from engrain.engine import Engine
 from engrain.errors import InputError
 from engrain.policy import Episode
 from engrain.recent import Recent
+from engrain.remote import Remote, check_servable
+from engrain.renderer import Renderer
 from engrain.scheduler import Job, Scheduler
 from engrain.task import Task
 from engrain.tool import Tool
@@ -70,7 +71,8 @@ class Prepared:
 class Service:
     """Opens an agent and decodes for everybody until `close`. Raises `InputError` if it cannot be opened.
 
-    With `compiled=False` it is the bare base, which is told its tools in the prompt.
+    With `compiled=False` it is the bare base, which is told its tools in the prompt. With `upstream`, the address of a
+    vLLM server, that decodes and makes the adapters.
     """
 
     def __init__(
@@ -82,14 +84,20 @@ class Service:
         most_waiting: int = 256,
         *,
         compiled: bool = True,
+        upstream: str = "",
     ) -> None:
         self.agent, self._workflow, self._tenants, self._compiled = agent, workflow, tenants, compiled
-        hypernetwork = compiled and agent.manifest.kind == "hypernetwork"
-        base, self._own = agent.decoding() if compiled and not hypernetwork else (agent.load_base(), None)
-        self._adapters = agent.adapters(base) if hypernetwork else None
+        self._hypernetwork = compiled and agent.manifest.kind == "hypernetwork"
+        self._own: Adapter | None = None
+        self._adapters: Adapters | None = None
         self.renderer = agent.renderer
-        self._engine = open_engine(base.model, self.renderer, parallel)
-        self._scheduler = Scheduler(self._engine, most_waiting)
+        self._turns: Scheduler | Remote
+        if upstream:
+            self._turns = self._remote(upstream, most_waiting)
+        else:
+            base, self._own = agent.decoding() if compiled and not self._hypernetwork else (agent.load_base(), None)
+            self._adapters = agent.adapters(base) if self._hypernetwork else None
+            self._turns = Scheduler(open_engine(base.model, self.renderer, parallel), most_waiting)
         self._written = Recent[Message](MOST_REMEMBERED)
         self._lock = Lock()
 
@@ -131,14 +139,14 @@ class Service:
 
     def check(self, prepared: Prepared) -> None:
         """Raises `EngrainError` if the prompt is too long, or the grammar of its tools cannot be compiled."""
-        self._engine.check(prepared.request)
+        self._turns.check(prepared.request)
 
     def text(self, ids: Sequence[int]) -> str:
-        return str(self._engine.tokenizer.decode(list(ids)))
+        return str(self.renderer.tokenizer.decode(list(ids)))
 
     def submit(self, prepared: Prepared, on_tokens: Callable[[list[int]], None]) -> Job:
         """Raises `Overloaded`."""
-        return self._scheduler.submit(prepared.request, prepared.tenant, on_tokens)
+        return self._turns.submit(prepared.request, prepared.tenant, on_tokens)
 
     def message(self, prepared: Prepared, completion: Completion) -> Message:
         """The turn that was written, its calls with ids of their own; remembered for when it comes back."""
@@ -163,24 +171,24 @@ class Service:
             with self._lock:
                 return self._strange(workflow, tenant)
 
-        return CompiledPolicy(
-            _Shared(self._engine, self._scheduler, tenant), adapter_of=adapter_of, in_prompt=in_prompt
-        )
+        return CompiledPolicy(_Shared(self._turns, self.renderer, tenant), adapter_of=adapter_of, in_prompt=in_prompt)
 
     def load(self) -> tuple[int, int]:
         """How many turns are being decoded, and how many wait."""
-        return self._scheduler.load()
+        return self._turns.load()
 
     def has_room(self) -> bool:
         """Whether another turn would be taken now."""
-        return self._scheduler.has_room()
+        return self._turns.has_room()
 
     def adapters_kept(self) -> tuple[int, int]:
         """How many adapters are in memory, and their bytes."""
         return self._adapters.kept() if self._adapters is not None else (0, 0)
 
     def use_adapters(self, use: Callable[[Adapters], Value]) -> Value:
-        """While nobody else uses them. Raises `InputError` for an agent without a hypernetwork."""
+        """While nobody else uses them. Raises `InputError` if there is no hypernetwork here."""
+        if self._adapters is None and self._hypernetwork:
+            raise InputError("the adapters are vLLM's; ask it at /v1/models, or serve the agent without --upstream")
         if self._adapters is None:
             raise InputError(f"{self.name} is a {self.agent.manifest.kind} agent: it makes no adapters")
         with self._lock:
@@ -188,7 +196,7 @@ class Service:
 
     def close(self) -> None:
         """Refuse what comes, finish what was accepted."""
-        self._scheduler.close()
+        self._turns.close()
 
     def workflow(self, tenant: str) -> Workflow:
         """The workflow with this tenant as its profile says now. Raises `InputError` for one without."""
@@ -198,6 +206,22 @@ class Service:
         if tenant not in self._workflow.tenants and (tenant or self._workflow.tenants):
             raise InputError(f"unknown tenant {tenant!r}; add its profile to the directory given with --tenants")
         return self._workflow
+
+    def _remote(self, address: str, most_waiting: int) -> Remote:
+        check_servable(self.agent)
+        remote = Remote(address, self._model, self.renderer, most_waiting)
+        if not self._hypernetwork and self.name not in remote.models:
+            remote.close()
+            raise InputError(f"{address} serves {', '.join(remote.models)}, expected {self.name!r}; export the agent "
+                             f"with --merged and start vLLM with --served-model-name {self.name}")  # fmt: skip
+        return remote
+
+    def _model(self, tenant: str) -> str:
+        """What vLLM knows the tenant's adapter by, as its profile says now."""
+        if not self._hypernetwork:
+            return self.name
+        (context,) = self.agent.contexts(self.workflow(tenant), tenant).values()
+        return f"{self.name}/{tenant}@{context.digest()[:8]}"
 
     def _profile(self, tenant: str) -> Path | None:
         path = self._tenants / f"{tenant}.md" if self._tenants is not None and _NAME.fullmatch(tenant) else None
@@ -228,17 +252,14 @@ class Service:
 class _Shared:
     """The engine as one caller among others uses it: a turn waits for its place, and is never refused."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, tenant: str) -> None:
-        self._engine, self._scheduler, self._tenant = engine, scheduler, tenant
-        self.renderer, self.tokenizer = engine.renderer, engine.tokenizer
-
-    def check(self, request: Request) -> None:
-        self._engine.check(request)
+    def __init__(self, turns: Scheduler | Remote, renderer: Renderer, tenant: str) -> None:
+        self._turns, self._tenant = turns, tenant
+        self.renderer, self.tokenizer, self.check = renderer, renderer.tokenizer, turns.check
 
     def decode(self, requests: Sequence[Request]) -> list[Completion]:
         # Without an owner: lines belong to the engine's thread, which finds this stream's again by its tokens.
         own = (replace(request, owner=None) for request in requests)
-        jobs = [self._scheduler.submit(request, self._tenant, goes_on=True) for request in own]
+        jobs = [self._turns.submit(request, self._tenant, goes_on=True) for request in own]
         return [job.done.result() for job in jobs]
 
     def release(self, owner: object) -> None:

@@ -28,6 +28,7 @@ from engrain.context import Context
 from engrain.context_files import read_section
 from engrain.errors import EngrainError, InputError
 from engrain.model import base_digest
+from engrain.remote import check_servable
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
@@ -43,12 +44,7 @@ class Emitter:
 
     def __init__(self, agent: Agent, tenants: Path, folder: Path, rank: int = RANK) -> None:
         self.agent, self._tenants, self._folder, self._rank = agent, tenants, folder, rank
-        if agent.manifest.config.get("contexts") == "step":
-            raise InputError(f"{agent.path} has an adapter for each step, and vLLM one a request; compile it with "
-                             "--contexts tenant")  # fmt: skip
-        if agent.manifest.config.get("activated"):
-            raise InputError(f"{agent.path} has activated adapters, and vLLM's act on all tokens; compile it without "
-                             "--activated")  # fmt: skip
+        check_servable(agent)
         self._adapters: Adapters = agent.adapters(agent.load_base())
         self._lock = Lock()
 

@@ -23,6 +23,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
     parallel: Annotated[int, typer.Option(help="Turns that are decoded at a time.", min=1)] = 16,
     waiting: Annotated[int, typer.Option(help="Turns that may wait; more are refused.", min=1)] = 256,
+    upstream: Annotated[str, typer.Option(help="A vLLM server that decodes, up to /v1; see recipes/serve_vllm.")] = "",
     workflow: WorkflowPath = None,
 ) -> None:
     """Serve an agent over HTTP, as OpenAI's clients speak it. Ctrl-C lets what was accepted finish."""
@@ -50,7 +51,7 @@ def serve(
         source.system(tenant, "none")  # an unknown one is an error now, not at the first request
     callers = Keys(keys) if keys is not None else Everybody(tenant)
     terminal.quiet()
-    service = Service(loaded, source, tenants, parallel, waiting)
+    service = Service(loaded, source, tenants, parallel, waiting, upstream=upstream)
     terminal.note(f"{service.name} at http://{host}:{port}/v1")
     uvicorn.run(create_app(service, callers), host=host, port=port, log_level="warning", timeout_graceful_shutdown=300)
 
