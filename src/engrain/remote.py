@@ -135,7 +135,7 @@ class Remote:
                     new: list[int] = choice.get("token_ids") or []
                     ids += new
                     logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or ()
-                    reason = choice.get("finish_reason") or ""
+                    reason = choice.get("finish_reason") or reason
                     if new:
                         self._started.add(job)
                         job.sent = len(ids)
