@@ -281,8 +281,9 @@ def how(size: str, recipe: Recipe, work: Path, english: bool, start: Path | None
         one = json.loads((work / stage.name / "result.json").read_text())
         counts = " | ".join(f"{one[name]:,}" for name in ("rows", "generated", "trained", "tokens", "steps"))
         stages += f"| {stage.name} | {counts} | {one['loss']:.4f} | {one['seconds'] / 60:.0f} |\n"
-    earlier = f"an earlier base, {base_digest(start)[:12]}; below is what came after" if start else "random weights"
-    begun = (f" --start {start}" if start else "") + (f" --first {STAGES[first].name}" if first else "")
+    before = base_digest(start)[:12] if start else ""
+    earlier = f"an earlier base, {before}; below is what came after" if start else "random weights"
+    begun = (f" --start {before}" if start else "") + (f" --first {STAGES[first].name}" if first else "")
     words = (
         "STAR (MIT) and Taskmaster-4 (CC BY 4.0) utterances: for the tokenizer, repeated in drills, as other words"
         if english
