@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 # Training tokens of the demo's compile, and how many tasks its table is measured on.
 DEMO ?= build/demo
-DEMO_TOKENS ?= 1200000
+DEMO_TOKENS ?= 1000000
 DEMO_RUNS ?= 1500
 DEMO_TASKS ?= 25
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engrain.agent import bundled_base
-from engrain.context import Context
+from engrain.context import Context, Section
 from engrain.model import load_base
 from engrain.renderer import Renderer
 
@@ -132,3 +132,18 @@ def test_it_goes_on_from_a_hypernetwork_at_a_stage(tmp_path: Path, monkeypatch: 
     for wrong in ({"first": "few"}, {"start": tmp_path / "earlier", "first": "fewer"}):
         with pytest.raises(make.typer.BadParameter, match="--start"):
             again(**wrong)
+
+
+def test_a_wider_shared_term_says_the_same_at_first() -> None:
+    make, base = recipe(), load_base(bundled_base())
+    encoder, known = make.BaseEncoder(base), make.sites(base.model)
+    narrow, wide = (make.SOURCES["rule-wise"](encoder, known, make.Settings(shared_rank=rank)) for rank in (2, 5))
+    for parameter in narrow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    make.go_on(wide, narrow.state_dict())
+    contexts = [Context((Section("tenant", "one", ("the limit is 5", "the desk is north")),))]
+    before, after = (source.eval()(contexts) for source in (narrow, wide))
+    for site, (a, b) in before.factors.items():
+        torch.testing.assert_close(after.factors[site].b @ after.factors[site].a, b @ a, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError):
+        make.go_on(narrow, wide.state_dict())

@@ -145,6 +145,14 @@ def taught(base: Base, stage: Stage, seed: int, tokens: int, distilled: bool) ->
     return [*made, *with_choices(base, others, others)]
 
 
+def go_on(source: LearnedSource, earlier: Mapping[str, torch.Tensor]) -> None:
+    """Give it the weights of one whose shared term may have a smaller rank: at first it says the same."""
+    own = source.state_dict()
+    for name, weight in earlier.items():
+        part = own[name][tuple(map(slice, weight.shape))] if name.startswith("shared.") else own[name]
+        part.copy_(weight)
+
+
 def passed(stage: Stage, found: Mapping[str, float]) -> bool:
     """Whether a stage has taught what it is for; the last goes on to its end."""
     return stage is not STAGES[-1] and found["right"] >= ENOUGH
@@ -163,6 +171,9 @@ def main(
     kind: Annotated[str, typer.Option(help=", ".join(SOURCES))] = "rule-wise",
     tokens: int = 24_000_000,
     rank: Annotated[int, typer.Option(help="of a context's term, in a kind that is not rule-wise")] = 8,
+    shared_rank: Annotated[
+        int, typer.Option(help="of the term without context, in which the base learns to use the others")
+    ] = 8,
     width: int = 128,
     lr: float = 1e-3,
     seed: int = 0,
@@ -184,9 +195,9 @@ def main(
     loaded = load_base(base or bundled_base())
     renderer, encoder = Renderer(loaded.tokenizer), Cached(BaseEncoder(loaded))
     torch.manual_seed(seed)
-    source = SOURCES[kind](encoder, sites(loaded.model), Settings(rank=rank, width=width))
+    source = SOURCES[kind](encoder, sites(loaded.model), Settings(rank=rank, shared_rank=shared_rank, width=width))
     if start is not None:
-        source.load_state_dict(load_file(start / WEIGHTS))
+        go_on(source, load_file(start / WEIGHTS))
     for stage in stages:
         folder = work / stage.name
         if not (folder / "done" / "hypernetwork.json").exists():
