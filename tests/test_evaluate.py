@@ -119,7 +119,7 @@ class Wavering(ScriptTeacher):
 
     def __init__(self, workflow: Workflow, seed: int = 0) -> None:
         super().__init__(workflow)
-        self.seed = seed
+        self.workflow, self.seed = workflow, seed
 
     def sampled(self, temperature: float, seed: int) -> Wavering:
         return Wavering(self.workflow, seed)

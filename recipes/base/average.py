@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from make import opening, write_card
+from make import PROBES, opening, write_card
 
 from engrain.model import load_base, save_base, stored_dtype
 
@@ -48,7 +48,7 @@ def how_made(base: Path, digest: str, parameters: int) -> str:
     if not (base / "README.md").is_file():
         raise typer.BadParameter(f"{base}: expected README.md, its card; average bases as the recipe left them")
     card = (base / "README.md").read_text(encoding="utf-8").removeprefix(opening(parameters))
-    return f"## {digest[:12]}\n\n{card.partition('## Capability probes')[0].rstrip()}\n"
+    return f"## {digest[:12]}\n\n{card.partition(PROBES)[0].rstrip()}\n"
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ from engrain.trajectory import Trajectory
 MAX_TOKENS = 16_384
 PER_CHUNK = 500
 TOKENIZER_TRAJECTORIES = 3000
+PROBES = "## Capability probes"
+"""What comes after this in a card is of that base alone."""
 WATCHED = {"copy": 16, "compare": 16, "tenants": 16, "families": 16}
 """Probes that are run during training, on so many tasks."""
 WATCH_EVERY, WATCH_SEED = 3, 9
@@ -253,7 +255,7 @@ def probed(report: Path, base: Path) -> str:
     if (of := json.loads((report / REPORT).read_text())["digest"]) != base_digest(base):
         raise typer.BadParameter(f"{report} is of base {of[:12]}, this one is {base_digest(base)[:12]}; probe it anew")
     _, table = (report / TABLE).read_text().split("\n", 1)
-    return f"## Capability probes\n{table}"
+    return f"{PROBES}\n{table}"
 
 
 def opening(parameters: int) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 from urllib.parse import urlsplit
 
 import httpx
@@ -74,36 +74,26 @@ class ScriptTeacher(OneByOne):
     name = "script"
 
     def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
+        self._next = workflow.teacher
 
-    def sampled(self, temperature: float, seed: int) -> ScriptTeacher:
+    def sampled(self, temperature: float, seed: int) -> Self:
         """Nothing of it is drawn."""
         return self
 
     def _turn(self, episode: Episode) -> Message | Exception:
         try:
-            return self.workflow.teacher(episode.task, episode.trajectory.messages)
+            return self._next(episode.task, episode.trajectory.messages)
         except Exception as error:
             return error
 
 
-class Program(OneByOne):
+class Program(ScriptTeacher):
     """The workflow's plain code, which knows no more of a task than its tenant and its messages."""
 
     name = "code"
 
     def __init__(self, code: Callable[[str, Sequence[Message]], Message]) -> None:
-        self.code = code
-
-    def sampled(self, temperature: float, seed: int) -> Program:
-        """Nothing of it is drawn."""
-        return self
-
-    def _turn(self, episode: Episode) -> Message | Exception:
-        try:
-            return self.code(episode.task.tenant, episode.trajectory.messages)
-        except Exception as error:
-            return error
+        self._next = lambda task, messages: code(task.tenant, messages)
 
 
 class ReplayTeacher(OneByOne):
