@@ -2,8 +2,9 @@
 the goal check, which answers them from the records.
 
 The teacher keeps no memory. Each turn it walks the whole request again; the first call that it needs and does not have
-is its next action. So it continues rightly from any state, also one that a student wandered into. Its notes quote each
-step before it is decided, with the rule and the record's words that decide it beside each other.
+is its next action. So it continues rightly from any state, also one that a student wandered into. Where it works alone
+(`walk`), each such call is made as it comes up, so that one walk is the whole trajectory. Its notes quote each step
+before it is decided, with the rule and the record's words that decide it beside each other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +45,10 @@ ATTEMPTS = 3
 
 
 class Act(Exception):
-    """The next action: a call that is needed now."""
+    """The next action: a turn whose call is needed now."""
 
-    def __init__(self, tool: str, arguments: dict[str, Any]) -> None:
-        self.tool, self.arguments = tool, arguments
+    def __init__(self, turn: Message) -> None:
+        self.turn = turn
 
 
 class Ended(Exception):
@@ -63,6 +64,8 @@ class Exhausted(Exception):
 
 Call = Callable[[str, dict[str, Any], Sequence[str]], dict[str, Any]]
 """(tool, arguments, fields that are needed) -> result. Raises `Act`, `Ended` or `Exhausted`."""
+Make = Callable[[Message], Message]
+"""A turn with one call -> what the tool answers."""
 
 
 @dataclass
@@ -118,13 +121,11 @@ class Clerk:
         procedure = world.procedures[kind]
         main = world.kinds[kind].about if kind else world.family.requester
         names = {world.family.requester: self.task.goal["requester"], main: about}
-        # what the opening reads of the requester serves every item
-        serving = [procedure] if kind else world.procedures.values()
-        needs = [path for served in serving for step in served.steps for path in world.needs(step)]
+        needs, lines = world.needed[kind], world.lines[kind]
         place = 0
         while place < len(procedure.steps):
             step = procedure.steps[place]
-            said = f"{procedure.mark(place)} {world.text(step, procedure)}"
+            said = lines[place]
             place += 1
             match step:
                 case Read(record, by):
@@ -141,11 +142,11 @@ class Clerk:
                     except Exhausted:
                         self.notes.append("ignore it")
                 case Do(action, _):
-                    given, line = self.given(step, asked, procedure, place - 1)
+                    given, line = self.given(step, asked, said)
                     self.notes.append(line)
                     self.act(action, names[world.actions[action].on], given, needs)
                 case Stop() | Jump():
-                    true, line = self.decided(step, procedure, place - 1)
+                    true, line = self.decided(step, procedure, said)
                     self.notes.append(line)
                     if true and isinstance(step, Stop):
                         raise Ended(step.result)
@@ -156,8 +157,8 @@ class Clerk:
                     return result + (f", {quoted(world.shown[shows], self.known[shows])}" if shows else "")
         return ""
 
-    def decided(self, step: Stop | Jump, procedure: Procedure, place: int) -> tuple[bool, str]:
-        """Whether to stop or jump, and the note that says why."""
+    def decided(self, step: Stop | Jump, procedure: Procedure, said: str) -> tuple[bool, str]:
+        """Whether to stop or jump, and the note that says why after the step's line."""
         true, why = self.holds(step.when)
         if step.unless:
             why += ", met" if true else ", unmet"
@@ -165,10 +166,10 @@ class Clerk:
             then = "go on"
         else:
             then = "stop" if isinstance(step, Stop) else f"go to {procedure.mark(procedure.places[step.to])}"
-        return true != step.unless, f"{procedure.mark(place)} {self.world.text(step, procedure)}: {why}; {then}"
+        return true != step.unless, f"{said}: {why}; {then}"
 
-    def given(self, step: Do, asked: Mapping[str, Any], procedure: Procedure, place: int) -> tuple[dict[str, Any], str]:
-        """The arguments of an action, and the note that says where they come from."""
+    def given(self, step: Do, asked: Mapping[str, Any], line: str) -> tuple[dict[str, Any], str]:
+        """The arguments of an action, and the note that says where they come from after the step's line."""
         shown, given, grounds = self.world.shown, dict[str, Any](), list[str]()
         for name, source in step.arguments.items():
             said = shown[f"{step.action}.{name}"]
@@ -181,17 +182,16 @@ class Clerk:
             elif shown[source.path] != said:
                 ground = f"{quoted(shown[source.path], value)}, "
             grounds.append(ground + quoted(said, value))
-        why = f": {'; '.join(grounds)}" if given else ""
-        return given, f"{procedure.mark(place)} {self.world.text(step, procedure)}{why}"
+        return given, f"{line}: {'; '.join(grounds)}" if given else line
 
-    def read(self, record: str, name: str, needs: Sequence[str]) -> None:
+    def read(self, record: str, name: str, needs: Collection[str]) -> None:
         shown = self.world.shown
         fields = {at: shown[f"{record}.{at}"] for at in self.world.records[record].fields}
         needed = [fields[at] for at in fields if f"{record}.{at}" in needs]
         result = self.call(record, {shown[f"{record}.id"]: name}, needed)
         self.known |= {f"{record}.{at}": result[said] for at, said in fields.items() if said in result}
 
-    def act(self, action: str, name: str, given: dict[str, Any], needs: Sequence[str]) -> None:
+    def act(self, action: str, name: str, given: dict[str, Any], needs: Collection[str]) -> None:
         shown, gives = self.world.shown, self.world.actions[action].gives
         arguments = {shown[f"{self.world.actions[action].on}.id"]: name, **given}
         result = self.call(action, arguments, [shown[f"{action}.{at}"] for at in gives if f"{action}.{at}" in needs])
@@ -258,27 +258,25 @@ def mark(place: int) -> str:
 
 
 class History:
-    """Answers calls from those that a trajectory holds."""
+    """Answers calls from those that a trajectory holds, and else by `make`."""
 
-    def __init__(self, world: World, messages: Sequence[Message]) -> None:
-        self.made = sum(len(message.tool_calls) for message in messages)
+    def __init__(self, world: World, messages: Sequence[Message], make: Make) -> None:
+        self.made, self.make = sum(len(message.tool_calls) for message in messages), make
         results = {message.tool_call_id: message for message in messages if message.role == "tool"}
         self.calls: dict[tuple[str, str], list[Message]] = {}
         for message in messages:
             for call in message.tool_calls:
                 if call.id in results:
                     self.calls.setdefault((call.name, _canonical(call.arguments)), []).append(results[call.id])
-        self.names = {name: tool.name for name, tool in world.tools.items()}
+        self.names = world.tool_names
         self.clerk: Clerk
 
     def __call__(self, tool: str, arguments: dict[str, Any], needs: Sequence[str]) -> dict[str, Any]:
-        """The result of a call, or the decision to make it (again). Each uses up attempts until one succeeds."""
+        """The result of a call. Each uses up attempts until one succeeds."""
         attempts = self.calls.get((self.names[tool], json.dumps(arguments, sort_keys=True)), [])
         notes = self.clerk.notes
         for number in range(1, ATTEMPTS + 1):
-            if not attempts:
-                raise Act(tool, arguments)
-            attempt = attempts.pop(0)
+            attempt = attempts.pop(0) if attempts else self.make(self.turn(tool, arguments))
             notes[:] = [self.clerk.title] if self.clerk.title else []
             if attempt.error == "missing_record":
                 notes.append("not found")
@@ -288,6 +286,16 @@ class History:
                 return result
             notes.append(f"retry {number}" if number < ATTEMPTS else f"failed {ATTEMPTS} times")
         raise Exhausted
+
+    def turn(self, tool: str, arguments: dict[str, Any]) -> Message:
+        """The notes since the last result, then a call. The first turn begins with the plan."""
+        clerk = self.clerk
+        notes = clerk.notes if self.made else [*plan(clerk.world, clerk.task), *clerk.notes]
+        self.made += 1
+        call = ToolCall(
+            id=f"call_{self.made}", name=self.names[tool], arguments=json.dumps(arguments, ensure_ascii=False)
+        )
+        return Message(role="assistant", reasoning="\n".join(notes), tool_calls=[call])
 
 
 def _canonical(arguments: str) -> str:
@@ -308,15 +316,21 @@ def _fields(content: str) -> dict[str, Any]:
 
 def decide(world: World, task: Task, messages: Sequence[Message]) -> Message:
     """The teacher's next turn."""
-    history = History(world, messages)
-    clerk = history.clerk = Clerk(world, task, history)
+
+    def act(turn: Message) -> Message:
+        raise Act(turn)
+
     try:
-        content = clerk.answer()
+        return last(world, task, messages, act)
     except Act as act:
-        arguments = json.dumps(act.arguments, ensure_ascii=False)
-        call = ToolCall(id=f"call_{history.made + 1}", name=history.names[act.tool], arguments=arguments)
-        notes = clerk.notes if history.made else [*plan(world, task), *clerk.notes]
-        return Message(role="assistant", reasoning="\n".join(notes), tool_calls=[call])
+        return act.turn
+
+
+def last(world: World, task: Task, messages: Sequence[Message], make: Make) -> Message:
+    """The teacher's last turn; `make` makes the calls that the messages do not hold."""
+    history = History(world, messages, make)
+    clerk = history.clerk = Clerk(world, task, history)
+    content = clerk.answer()
     return Message(role="assistant", reasoning="\n".join(clerk.notes), content=content)
 
 
@@ -353,7 +367,7 @@ def expected(world: World, task: Task) -> tuple[list[tuple[str, dict[str, Any]]]
     faults = {(fault.tool, fault.nth): fault for fault in task.faults if fault.recovery == "fatal"}
 
     def call(tool: str, arguments: dict[str, Any], needs: Sequence[str]) -> dict[str, Any]:
-        name = world.tools[tool].name
+        name = world.tool_names[tool]
         counts[name] += 1
         if fault := faults.get((name, counts[name])):
             if fault.kind == "missing_record":

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 from worlds.language import blended, made_up
@@ -17,6 +18,7 @@ DISGUISED = 0.7
 """Share of the worlds to train on that are in other words."""
 KEPT = {"none", "else", "address", "same", "other", "over", "after", "within", "stop", "done"}
 """Words that mean something to all families or to the notes; nothing is called by them."""
+WORD = re.compile("[a-z]{4,}")
 
 
 def disguised(family: Family, rng: random.Random, lexicon: Sequence[str] = ()) -> Family:
@@ -35,9 +37,13 @@ def disguised(family: Family, rng: random.Random, lexicon: Sequence[str] = ()) -
             said[word] = new
         return said[word]
 
+    @cache
+    def text(part: str) -> str:
+        return WORD.sub(lambda match: match[0] if match[0] in KEPT else other(match[0]), part)
+
     def rewritten(part: Any) -> Any:
         if isinstance(part, str):
-            return re.sub("[a-z]{4,}", lambda match: match[0] if match[0] in KEPT else other(match[0]), part)
+            return text(part)
         if isinstance(part, Mapping):
             return {rewritten(name): rewritten(value) for name, value in part.items()}
         if isinstance(part, Sequence):

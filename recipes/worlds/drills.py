@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from engrain.errors import ToolFailure
@@ -217,13 +218,13 @@ def _decided(world: World, clerk: Clerk, item: Mapping[str, Any], rng: random.Ra
     """The mark and the note of each step of an item's procedure that decides something, or what to call with."""
     procedure = world.procedures[item["kind"]]
     for place in rng.sample(range(len(procedure.steps)), len(procedure.steps)):
-        step = procedure.steps[place]
+        step, line = procedure.steps[place], world.lines[item["kind"]][place]
         if not all(path in clerk.known for path in world.needs(step)):
             continue
         if isinstance(step, (Stop, Jump)):
-            yield procedure.mark(place), clerk.decided(step, procedure, place)[1]
+            yield procedure.mark(place), clerk.decided(step, procedure, line)[1]
         if isinstance(step, Do) and step.arguments:
-            yield procedure.mark(place), clerk.given(step, item["asked"], procedure, place)[1]
+            yield procedure.mark(place), clerk.given(step, item["asked"], line)[1]
 
 
 def _informed(world: World, task: Task) -> tuple[Clerk, list[str]]:
@@ -267,14 +268,10 @@ def route(desk: Desk) -> Drill:
 
 def steps(desk: Desk) -> Drill:
     """Steps asked for by their marks."""
-    lines = {
-        procedure.mark(place): desk.world.text(step, procedure)
-        for procedure in desk.world.procedures.values()
-        for place, step in enumerate(procedure.steps)
-    }
-    marks = desk.rng.sample(list(lines), min(len(lines), 16))
-    answer = "\n".join(f"{mark} {lines[mark]}" for mark in marks)
-    return f"You practise.\n\n{desk.world.manual}", f"Steps: {', '.join(marks)}", answer
+    lines = list(chain.from_iterable(desk.world.lines.values()))
+    chosen = desk.rng.sample(lines, min(len(lines), 16))
+    marks = ", ".join(line.partition(" ")[0] for line in chosen)
+    return f"You practise.\n\n{desk.world.manual}", f"Steps: {marks}", "\n".join(chosen)
 
 
 def rules(desk: Desk) -> Drill:

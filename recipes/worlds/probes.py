@@ -75,7 +75,7 @@ def whole(place: Place, task: Task, made: int) -> WholeTask:
 
 def copying(place: Place, task: Task, made: int) -> NextTurn | None:
     """A turn whose call carries identifiers."""
-    turns = list(walk(place.world, task))
+    turns = walk(place.world, task)
     carried = [(at, named) for at, turn in enumerate(turns) if (named := identifiers(turn.tool_calls))]
     if not carried:
         return None
@@ -99,7 +99,7 @@ def copies(named: Mapping[str, str], turn: Message) -> bool:
 def comparing(place: Place, task: Task, made: int) -> NextTurn | None:
     """A turn whose note holds a value against a limit; it is over for every second one, so that guessing gets half."""
     wanted = "within" if made % 2 else "over"
-    turns = list(walk(place.world, task))
+    turns = walk(place.world, task)
     decided = [
         (at, step, verdict)
         for at, turn in enumerate(turns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engrain.errors import ToolFailure
@@ -17,7 +17,7 @@ from engrain.fault import FAILURES, disturbed, refused
 from engrain.task import Fault, Task
 from engrain.tool import Observation, failed
 from engrain.trajectory import Message, ToolCall
-from worlds.clerk import ATTEMPTS, decide, mark
+from worlds.clerk import ATTEMPTS, last, mark
 from worlds.language import date_of, day_of, vary
 from worlds.spec import Choice, Condition, Counts, Is, Jump, Limit, Number, Over, Ref, Rule, Says, Stop, Word
 from worlds.store import Store
@@ -298,22 +298,20 @@ def _asked(values: Any, rng: random.Random) -> Any:
     raise TypeError(values)
 
 
-def walk(world: World, task: Task) -> Iterator[Message]:
+def walk(world: World, task: Task) -> list[Message]:
     """The teacher's messages and the tools', with the task's faults, as a rollout would record them."""
-    store, counts = Store(world, task), Counter[str]()
-    messages = [Message(role="user", content=task.request)]
-    while True:
-        turn = decide(world, task, messages)
-        yield turn
-        messages.append(turn)
-        if not turn.tool_calls:
-            return
-        call = turn.tool_calls[0]
+    store, counts, messages = Store(world, task), Counter[str](), list[Message]()
+
+    def make(turn: Message) -> Message:
+        (call,) = turn.tool_calls
         counts[call.name] += 1
         seen = _observe(world, store, task, call, counts[call.name])
         made = Message(role="tool", content=seen.content, tool_call_id=call.id, name=call.name, error=seen.error)
-        yield made
-        messages.append(made)
+        messages.extend((turn, made))
+        return made
+
+    messages.append(last(world, task, [], make))
+    return messages
 
 
 def _observe(world: World, store: Store, task: Task, call: ToolCall, nth: int) -> Observation:

@@ -89,7 +89,7 @@ class _Case:
 
     def trajectory(self) -> Trajectory:
         """What the teacher does."""
-        return _trajectory(self.flow, self.task, self.depth, list(walk(self.world, self.task)))
+        return _trajectory(self.flow, self.task, self.depth, walk(self.world, self.task))
 
 
 def _cases(

@@ -46,9 +46,10 @@ def tenants(world: World, seed: int, number: int) -> dict[str, Rules]:
 def workflow(world: World, rules: Mapping[str, Rules], paraphrased: bool = False) -> Workflow:
     """The workflow of a world for some tenants, whose profiles may be in wordings that nothing is trained on."""
     rng = random.Random(f"profiles/{world.family.name}/{world.seed}")
-    every = tuple(tool.name for tool in world.tools.values())
-    reads = tuple(world.tools[name].name for name in world.records)
-    acts = {world.tools[name].name for name in world.used_actions}
+    names = world.tool_names
+    every = tuple(names.values())
+    reads = tuple(names[name] for name in world.records)
+    acts = {names[name] for name in world.used_actions}
     allowed = {"plan": reads}
 
     def phase_of(messages: Sequence[Message]) -> str:

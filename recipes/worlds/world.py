@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from string import ascii_uppercase
 from typing import Any
 
@@ -77,19 +78,45 @@ class World:
         return {name: _resolved(ascii_uppercase[place], steps) for place, (name, steps) in enumerate(every.items())}
 
     @cached_property
+    def lines(self) -> dict[str, tuple[str, ...]]:
+        """The steps of each procedure in words, after their marks."""
+        return {
+            name: tuple(
+                f"{procedure.mark(place)} {self.text(step, procedure)}" for place, step in enumerate(procedure.steps)
+            )
+            for name, procedure in self.procedures.items()
+        }
+
+    @cached_property
+    def needed(self) -> dict[str, frozenset[str]]:
+        """The paths that each procedure reads. What the opening reads of the requester serves every item."""
+        own = {
+            name: frozenset(path for step in procedure.steps for path in self.needs(step))
+            for name, procedure in self.procedures.items()
+        }
+        return own | {"": frozenset().union(*own.values())}
+
+    @cached_property
     def used_rules(self) -> tuple[str, ...]:
         """Those that some procedure here asks for, in the family's order."""
         asked = {rule for procedure in self.procedures.values() for step in procedure.steps for rule in rules_of(step)}
         return tuple(rule for rule in self.rules if rule in asked)
 
     @cached_property
-    def tools(self) -> dict[str, Tool]:
+    def tool_names(self) -> dict[str, str]:
         """By record for reads, by action for the others; `hand_over` for what cannot be done."""
+        reads = {name: self.shown[f"get {name}"] for name in self.records}
+        acts = {name: self.shown[f"do {name}"] for name in self.used_actions}
+        return {**reads, **acts, "hand_over": self.shown["hand_over"]}
+
+    @cached_property
+    def tools(self) -> dict[str, Tool]:
+        """Those of `tool_names`, by the same keys."""
         tools: dict[str, Tool] = {}
         for name, record in self.records.items():
             fields = ", ".join(self.shown[f"{name}.{one}"] for one in record.fields)
             described = f"Read one {self.shown[name]}: {fields}."
-            tools[name] = self._tool(name, self.shown[f"get {name}"], described, {self.shown[f"{name}.id"]: STRING})
+            tools[name] = self._tool(name, described, {self.shown[f"{name}.id"]: STRING})
         for name in self.used_actions:
             action = self.actions[name]
             arguments = {self.shown[f"{action.on}.id"]: STRING}
@@ -98,10 +125,8 @@ class World:
                 offered = self._offered(name, argument)
                 arguments[self.shown[f"{name}.{argument}"]] = {**schema, "enum": offered} if offered else schema
             described = f"{name.replace('_', ' ').capitalize()} for one {self.shown[action.on]}."
-            tools[name] = self._tool(name, self.shown[f"do {name}"], described, arguments)
-        tools["hand_over"] = self._tool(
-            "hand_over", self.shown["hand_over"], "Give a case to a colleague.", {"topic": STRING}
-        )
+            tools[name] = self._tool(name, described, arguments)
+        tools["hand_over"] = self._tool("hand_over", "Give a case to a colleague.", {"topic": STRING})
         return tools
 
     def _offered(self, action: str, argument: str) -> list[str]:
@@ -123,13 +148,12 @@ class World:
         needed = {step.action for step in steps if isinstance(step, Do)}
         return tuple(name for name in self.actions if name in needed or name in self.extra)
 
-    @staticmethod
-    def _tool(of: str, name: str, description: str, arguments: Mapping[str, Any]) -> Tool:
+    def _tool(self, of: str, description: str, arguments: Mapping[str, Any]) -> Tool:
         from worlds.store import run
 
         schema = {"type": "object", "properties": dict(arguments), "required": list(arguments)}
         schema["additionalProperties"] = False
-        return Tool(name, description, json.dumps(schema), run(of), takes_state=True)
+        return Tool(self.tool_names[of], description, json.dumps(schema), run(of), takes_state=True)
 
     def options(self, path: str) -> tuple[str, ...]:
         """The words that may stand at a path."""
@@ -221,23 +245,26 @@ class World:
     def title(self, kind: str) -> str:
         return f"{self.procedures[kind].letter} {self.shown[kind]}"
 
+    @cached_property
+    def _own_words(self) -> dict[str, set[str]]:
+        """The words of each kind's gloss that no other's has."""
+        found = {name: set(_words(kind.gloss)) for name, kind in self.kinds.items()}
+        return {
+            name: words.difference(*(others for other, others in found.items() if other != name))
+            for name, words in found.items()
+        }
+
     def cited(self, kind: str, said: str) -> str:
         """A request up to the first word that no other kind's gloss has, and the gloss from there on: who reads the
         request again looks each word up in the index, and goes on there with the first that it finds."""
         gloss = self.kinds[kind].gloss
-        foreign = {word for name, other in self.kinds.items() if name != kind for word in _words(other.gloss)}
-        own = next(word for word in _words(said) if word in _words(gloss) and word not in foreign)
+        own = next(word for word in _words(said) if word in self._own_words[kind])
         return said[: _place_of(own, said)] + gloss[_place_of(own, gloss) :]
 
     @cached_property
     def manual(self) -> str:
         """The index, then every procedure, a step a line."""
-        steps = [
-            f"{procedure.mark(place)} {self.text(step, procedure)}"
-            for procedure in self.procedures.values()
-            for place, step in enumerate(procedure.steps)
-        ]
-        return "\n".join([self.index, "", *steps])
+        return "\n".join([self.index, "", *chain.from_iterable(self.lines.values())])
 
 
 def _words(text: str) -> list[str]:
