@@ -322,8 +322,8 @@ def decide(world: World, task: Task, messages: Sequence[Message]) -> Message:
 
     try:
         return last(world, task, messages, act)
-    except Act as act:
-        return act.turn
+    except Act as next_action:
+        return next_action.turn
 
 
 def last(world: World, task: Task, messages: Sequence[Message], make: Make) -> Message:
