@@ -140,6 +140,8 @@ def taught(base: Base, stage: Stage, seed: int, tokens: int, distilled: bool) ->
     made, prompted = rows(renderer, stage, seed, tokens)
     if distilled:
         made = with_choices(base, made, prompted)
+    kept = set(random.Random(seed).sample(range(len(made)), round(stage.rivals * len(made))))
+    made = [row if number in kept else replace(row, rival=None) for number, row in enumerate(made)]
     contexts = [row.context for row in made[: round(UNRELATED * len(made))] if row.context is not None]
     others = unrelated(renderer, seed, contexts)
     return [*made, *with_choices(base, others, others)]

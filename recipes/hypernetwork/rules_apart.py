@@ -49,14 +49,16 @@ class Stage:
     """Share of worlds in other words than their family's."""
     kinds: tuple[int, int] = KINDS
     """Of requests in the worlds of its drills."""
+    rivals: float = 1.0
+    """Share of rows that keep their rival, which costs as much as the row: once the context is read, few are needed."""
     longest: int = 4096
 
 
 STAGES = (
     Stage("few", 2, most_rules=8, drills=1.0, decisions=0.0, disguised=0.0, kinds=(1, 2)),
     Stage("words", 2, most_rules=8, drills=1.0, decisions=0.0, disguised=DISGUISED, kinds=(1, 2)),
-    Stage("decisions", 6, most_rules=40, drills=1.0, decisions=0.8, disguised=DISGUISED, kinds=(1, 4)),
-    Stage("tasks", 8, most_rules=40, drills=0.5, decisions=0.8, disguised=DISGUISED, kinds=(1, 4)),
+    Stage("decisions", 6, most_rules=40, drills=1.0, decisions=0.8, disguised=DISGUISED, kinds=(1, 4), rivals=0.2),
+    Stage("tasks", 8, most_rules=40, drills=0.5, decisions=0.8, disguised=DISGUISED, kinds=(1, 4), rivals=0.2),
 )
 """In whole tasks a rule decides a line in dozens; drills in decisions are nothing but such lines. Drills in rules alone
 taught to give a rule's value wherever its name was read, be it in the step that asks for it."""
