@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +106,13 @@ def test_a_hypernetwork_makes_an_adapter_for_a_tenant_that_was_not_trained(
     with pytest.raises(InputError, match="only for a context"):
         agent.load()
 
+    taken = CompileConfig(tokens=0, to="hypernetwork", start=out / "hypernetwork")
+    same = compile_workflow(library, tmp_path / "same", taken, data=runs, base=tiny_base).adapters(base)(south)
+    assert all(torch.equal(same.factors[site].b, one.factors[site].b) for site in one.factors)
+    more = replace(taken, tokens=1000, batch_tokens=512)
+    other = compile_workflow(library, tmp_path / "more", more, data=runs, base=tiny_base).adapters(base)(south)
+    assert not all(torch.equal(other.factors[site].b, one.factors[site].b) for site in one.factors)
+
     strict = load_hypernetwork(out / "hypernetwork", base)
     strict.novelty.threshold.fill_(-1.0)  # any context is too strange
     save_hypernetwork(out / "hypernetwork", strict, base)
@@ -137,6 +146,20 @@ def test_a_hypernetwork_of_steps_swaps_adapters_between_phases(
         episode.phase = phase
         policy._request(episode)
     assert len(used) == len({adapter for _, adapter in used}) == len(workflow.phases) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tokens": 0}, "nothing without training tokens"),
+        ({"tokens": -1}, "at least 0"),
+        ({"start": Path("nowhere")}, "only a hypernetwork"),
+        ({"start": Path("nowhere"), "to": "hypernetwork"}, "nowhere has no hypernetwork.safetensors"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        CompileConfig(**options)
 
 
 def test_a_hypernetwork_of_one_tenant_is_refused(library: Path, runs: Path, tiny_base: Path, tmp_path: Path) -> None:

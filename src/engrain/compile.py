@@ -93,6 +93,8 @@ class CompileConfig:
     each phase has an adapter of its own, and a row."""
     activated: bool = False
     """The adapter acts on the agent's own turns only: what came before, the base has encoded for all adapters."""
+    start: Path | None = None
+    """A hypernetwork of this base to go on from, with its rank; with no `tokens` it is taken as it is."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,7 +106,15 @@ class CompileConfig:
             raise InputError(
                 "all weights act on all tokens; activation is for adapters: compile to lora or hypernetwork"
             )
-        for name in ("tokens", "rank", "longest", "batch_tokens"):
+        if self.start is not None and (self.to != "hypernetwork" or self.activated):
+            raise InputError("only a hypernetwork that is not activated goes on from another; leave --start out")
+        if self.start is not None and not (self.start / "hypernetwork.safetensors").is_file():
+            raise InputError(f"{self.start} has no hypernetwork.safetensors; give the directory of a hypernetwork")
+        if not self.tokens and self.start is None:
+            raise InputError("there is nothing without training tokens; give some, or a hypernetwork to start from")
+        if self.tokens < 0:
+            raise InputError(f"expected tokens of at least 0, got {self.tokens}")
+        for name in ("rank", "longest", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"expected {name} of at least 1, got {value}")
 
@@ -115,6 +125,11 @@ class CompileConfig:
     @property
     def step_tokens(self) -> int:
         return self.batch_tokens or min(4096, max(512, self.tokens // 500))
+
+    def known(self) -> dict[str, Any]:
+        """All settings, and the start by its weights."""
+        start = self.start and file_digest(self.start / "hypernetwork.safetensors")
+        return {**asdict(self), "lr": self.learning_rate, "batch_tokens": self.step_tokens, "start": start}
 
 
 @dataclass(frozen=True)
@@ -169,7 +184,7 @@ def compile_workflow(
     opened = open_source(source)
     base_path = base or bundled_base()
     _check_target(out)
-    settings = {**asdict(config), "source": source, "workflow": opened.digest, "data": data, "base": base_path}
+    settings = {**config.known(), "source": source, "workflow": opened.digest, "data": data, "base": base_path}
     work = Work(work_directory(out), settings)
 
     loaded = _load_base(base_path)
@@ -186,7 +201,8 @@ def compile_workflow(
     with work.clocked(spent) as clock:
         invocation = renderer.invocation() if config.activated else ()
         adapter, result = _train(loaded, dataset.rows, config, invocation, work)
-        say(f"trained on {result.tokens:,} tokens in {result.steps} steps, loss {result.loss:.3f}")
+        if config.tokens:
+            say(f"trained on {result.tokens:,} tokens in {result.steps} steps, loss {result.loss:.3f}")
         _save(out, Compiled(opened, config, loaded, base_path, renderer, adapter, dataset, result), clock(), with_base)
     work.remove()
     return load_agent(out)
@@ -279,11 +295,9 @@ def _train(
     import torch
 
     from engrain.adapter import ConstantAdapter
-    from engrain.encoder import BaseEncoder, Cached
     from engrain.hypernetwork import Hypernetwork
-    from engrain.learned import Settings
     from engrain.model import sites
-    from engrain.train import TrainConfig, train
+    from engrain.train import TrainConfig, TrainResult, train
 
     source: ConstantAdapter | Hypernetwork | None = None
     with torch.random.fork_rng():
@@ -292,9 +306,11 @@ def _train(
         if config.to == "lora":
             source = ConstantAdapter(sites(base.model), config.rank, invocation=invocation)
         elif config.to == "hypernetwork":
-            settings = Settings(shared_rank=config.rank, invocation=invocation)
-            source = Hypernetwork(Cached(BaseEncoder(base)), sites(base.model), settings)
-            source.prepare(contexts)
+            source = _started(base, config, invocation)
+            if config.start is None:
+                source.prepare(contexts)
+    if not config.tokens:
+        return source, TrainResult(steps=0, tokens=0, loss=0.0, seconds=0.0)
     training = TrainConfig(
         tokens=config.tokens,
         batch_tokens=config.step_tokens,
@@ -308,6 +324,22 @@ def _train(
     if isinstance(source, Hypernetwork):
         source.learnt_from(contexts)
     return source, result
+
+
+def _started(base: Base, config: CompileConfig, invocation: tuple[int, ...]) -> Hypernetwork:
+    """A hypernetwork that knows nothing, or the one to go on from."""
+    from engrain.encoder import BaseEncoder, Cached
+    from engrain.hypernetwork import Hypernetwork, load_hypernetwork
+    from engrain.learned import Settings
+    from engrain.model import sites
+
+    if config.start is None:
+        settings = Settings(shared_rank=config.rank, invocation=invocation)
+        return Hypernetwork(Cached(BaseEncoder(base)), sites(base.model), settings)
+    found = load_hypernetwork(config.start, base)
+    if not isinstance(found, Hypernetwork):
+        raise InputError(f"{config.start}: agents have a rule-wise hypernetwork, and this is of another kind")
+    return found.train()
 
 
 # Files
@@ -361,7 +393,7 @@ def _manifest(out: Path, made: Compiled, spent: Spent, with_base: bool, files: d
         tools={tool_digest(schema): schema["function"]["name"] for schema in made.dataset.schemas},
         data=made.dataset.summary,
         licences={"base": licence(made.base_path), "data": made.dataset.licence},
-        config={**asdict(made.config), "lr": made.config.learning_rate, "batch_tokens": made.config.step_tokens},
+        config=made.config.known(),
         training=asdict(made.result),
         seconds=round(spent.seconds, 1),
         cpu_seconds=None if spent.cpu_seconds is None else round(spent.cpu_seconds, 1),

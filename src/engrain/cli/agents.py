@@ -52,13 +52,16 @@ def compile_(
     data: Annotated[Path | None, typer.Option(help="Recorded runs; by default made here.")] = None,
     to: Annotated[Target, typer.Option(help="What to train.")] = Target.lora,
     base: Annotated[Path | None, typer.Option(help="Another base than the bundled one.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Training tokens: the main dial.", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens: the main dial.", min=0)] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 32,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     longest: Annotated[int, typer.Option(help="Leave out longer trajectories, in tokens.", min=1)] = 8192,
     keep_tools: Annotated[bool, typer.Option("--keep-tools", help="From logs: keep schemas in the prompt.")] = False,
     contexts: Annotated[Contexts, typer.Option(help="What a hypernetwork reads.")] = Contexts.tenant,
     activated: Annotated[bool, typer.Option("--activated", help="The adapter acts on the agent's turns only.")] = False,
+    start: Annotated[
+        Path | None, typer.Option(help="A hypernetwork to go on from, or, with --tokens 0, to take.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of recording and training.")] = 0,
     with_base: Annotated[bool, typer.Option("--with-base", help="Copy the base into the agent.")] = False,
     json: Json = False,
@@ -78,6 +81,7 @@ def compile_(
         keep_tools=keep_tools,
         contexts=contexts.value,
         activated=activated,
+        start=start,
         seed=seed,
         **chosen,
     )
@@ -100,10 +104,9 @@ def compile_(
         terminal.print_json(agent.manifest.model_dump(mode="json", exclude={"files"}))
     else:
         made = agent.manifest
-        typer.echo(
-            f"{output}: {made.kind} agent of {made.workflow!r}, {made.training['tokens']:,} training tokens, "
-            f"loss {made.training['loss']:.3f}, {made.seconds:.0f} s"
-        )
+        tokens, loss = made.training["tokens"], made.training["loss"]
+        trained = f"{tokens:,} training tokens, loss {loss:.3f}" if tokens else f"{start} as it is"
+        typer.echo(f"{output}: {made.kind} agent of {made.workflow!r}, {trained}, {made.seconds:.0f} s")
 
 
 def run(
