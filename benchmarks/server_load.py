@@ -1,14 +1,14 @@
 """`engrain serve` under load: many conversations of many tenants, with callers that misbehave among them.
 
-What each tenant's conversation must say is written down beforehand, one after the other, by the same server; under load
-every answer is compared with that, so one that is lost, or crossed with another tenant's, shows. Tenants ask the same
-and differ in their rules alone, and their answers must differ for this to mean anything: the share of pairs of tenants
-with different answers stands in the table. Then SIGTERM comes while all are talking: whatever was accepted must be
-answered. Last a kill -9, and how long a new server takes until it answers.
+Tenants of a clinic, new to the agent, whose fee for a missed visit is a number that no other has: the sign by which an
+answer shows whose it is. Each asks for something that ends with that fee; a conversation is the teacher's, up to every
+turn that the agent must take. What it says there is written down beforehand, one after the other, by the same server;
+under load every answer is compared with that and searched for signs. Then SIGTERM comes while all are talking: whatever
+was accepted must be answered. Last a kill -9, and how long a new server takes until it answers.
 
     python benchmarks/server_load.py AGENT [--seconds 600]
 
-AGENT is one with a hypernetwork; its quality does not matter here.
+AGENT is `benchmarks/clinic` compiled to a hypernetwork. How well it reads the fee is in the table, beside the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import resource
 import signal
 import socket
@@ -25,25 +26,44 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
+from clinic.workflow import FAMILY, WORLD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from worlds.tasks import walk
+from worlds.workflow import tenants as drawn
+from worlds.workflow import workflow as flow_of
 
-from engrain.agent import load_agent
+from engrain.formats.openai import plain_message
 from engrain.keys import add_key
-from engrain.workflow import load_workflow
+from engrain.trajectory import Message
 
-TURNS = 3
-"""Of a conversation: a request, and two answers of tools."""
-MOST_TOKENS = 48
+MOST_TOKENS = 160
+FEE, FIRST = "absence fee", 100
+"""The rule that is a tenant's sign, and the first one's number; numbers that all have three digits."""
+SIGN = re.compile(rf"{WORLD.shown[FEE]}: (\d+)")
+Plain = dict[str, Any]
+"""A message as OpenAI's clients send it."""
+
+
+def scripts(tenants: int) -> dict[str, tuple[list[str], list[Message]]]:
+    """By tenant, the bullets of its profile, and a task of one item in which the fee is charged."""
+    found = {}
+    for number, (tenant, rules) in enumerate(drawn(WORLD, 7, tenants).items()):
+        flow = flow_of(WORLD, {tenant: {**rules, FEE: FIRST + number}})
+        for task in flow.tasks("held_out", 0):
+            turns = walk(WORLD, task)
+            if len(task.goal["items"]) == 1 and SIGN.search(turns[-3].reasoning if len(turns) > 2 else ""):
+                found[tenant] = list(flow.tenants[tenant].rules), [Message(role="user", content=task.request), *turns]
+                break
+    return found
 
 
 @dataclass
@@ -89,23 +109,25 @@ class Running:
 class Callers:
     """All who talk to a server; the same conversations every time."""
 
-    def __init__(self, root: str, model: str, keys: dict[str, str], requests: list[str]) -> None:
+    def __init__(self, root: str, keys: dict[str, str], scripts: Mapping[str, Sequence[Message]]) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=128)
         self.client = httpx.AsyncClient(base_url=root, timeout=300, limits=limits)
-        self.model, self.keys, self.requests = model, keys, requests
-        self.expected: dict[tuple[str, int], list[str]] = {}
+        self.keys, self.scripts = keys, scripts
+        self.expected: dict[str, list[str]] = {}
 
-    async def turn(self, tenant: str, messages: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
-        body = {"model": self.model, "messages": messages, "max_tokens": MOST_TOKENS}
+    async def turn(self, tenant: str, messages: list[Plain]) -> tuple[int, Plain]:
+        body = {"model": FAMILY, "messages": messages, "max_tokens": MOST_TOKENS}
         headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
         answer = await self.client.post("/v1/chat/completions", json=body, headers=headers)
         return answer.status_code, answer.json()
 
-    async def conversation(self, tenant: str, request: int, seen: Seen | None = None) -> list[str] | None:
-        """What was said in it; None if an answer never came."""
-        messages: list[dict[str, Any]] = [{"role": "user", "content": self.requests[request]}]
-        said = []
-        for _ in range(TURNS):
+    async def conversation(self, tenant: str, seen: Seen | None = None) -> list[str] | None:
+        """What was said at each of its turns; None if an answer never came."""
+        script, said = self.scripts[tenant], []
+        for at, message in enumerate(script):
+            if message.role != "assistant":
+                continue
+            messages = [plain_message(one) for one in script[:at]]
             began = time.perf_counter()
             try:
                 status, body = await self.turn(tenant, messages)
@@ -122,28 +144,39 @@ class Callers:
                 raise SystemExit(f"{status}: {body}")
             if seen is not None:
                 seen.taken.append(time.perf_counter() - began)
-            message = body["choices"][0]["message"]
-            calls = message.get("tool_calls") or []
-            said.append(json.dumps([message["content"], [call["function"] for call in calls]]))
-            messages.append(message)
-            messages += [{"role": "tool", "tool_call_id": call["id"], "content": "{}"} for call in calls]
-            if not calls:
-                messages.append({"role": "user", "content": "Go on."})
+            answer = body["choices"][0]["message"]
+            calls = [call["function"] for call in answer.get("tool_calls") or []]
+            said.append(json.dumps([answer.get("reasoning_content"), answer["content"], calls]))
         return said
+
+    def signs(self, tenant: str, said: Sequence[str]) -> tuple[int, int]:
+        """How often a conversation says its tenant's sign where it should, and how often another's."""
+        own = str(FIRST + list(self.scripts).index(tenant))
+        found = [sign for turn in said for sign in SIGN.findall(turn)]
+        others = {str(FIRST + number) for number in range(len(self.scripts))} - {own}
+        return sum(sign == own for sign in found), sum(sign in others for sign in found)
 
     async def talk(self, rng: random.Random, until: Callable[[], bool], seen: Seen) -> None:
         """One conversation after the other, compared with what was said before."""
         while not until():
-            tenant, request = rng.choice(list(self.expected))
-            said = await self.conversation(tenant, request, seen)
-            if said is not None:
-                seen.counts["right" if said == self.expected[tenant, request] else "CROSSED"] += 1
+            tenant = rng.choice(list(self.expected))
+            said = await self.conversation(tenant, seen)
+            if said is None:
+                continue
+            seen.counts[
+                "conversations as before" if said == self.expected[tenant] else "conversations that DIFFER"
+            ] += 1
+            own, others = self.signs(tenant, said)
+            before, _ = self.signs(tenant, self.expected[tenant])
+            seen.counts["signs: the tenant's own"] += own
+            seen.counts["signs: MISSED that were said before"] += max(0, before - own)
+            seen.counts["signs: ANOTHER TENANT'S"] += others
 
     async def misbehave(self, rng: random.Random, until: Callable[[], bool], seen: Seen) -> None:
         """Each kind of bad caller in turn, with the status that it must get."""
         key = next(iter(self.keys.values()))
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        good = {"model": self.model, "messages": [{"role": "user", "content": self.requests[0]}]}
+        good = {"model": FAMILY, "messages": [plain_message(next(iter(self.scripts.values()))[0])]}
 
         async def status(body: bytes, headers: dict[str, str]) -> int:
             return (await self.client.post("/v1/chat/completions", content=body, headers=headers)).status_code
@@ -195,36 +228,32 @@ def main(
     conversations: int = 64,
     tenants: int = 200,
 ) -> None:
-    agent = load_agent(path)
-    workflow = load_workflow(path / agent.manifest.source)
-    requests = [task.request for task in islice(workflow.tasks("held_out", 0), 2)]
+    made = scripts(tenants)
     with tempfile.TemporaryDirectory() as folder:
         profiles, keys = Path(folder) / "profiles", {}
         profiles.mkdir()
-        rules = sorted({rule for section in workflow.tenants.values() for rule in section.rules})
-        rng = random.Random(0)
-        for number in range(tenants):
-            lines = [f"- {rule}" for rule in rng.sample(rules, min(8, len(rules)))]
-            (profiles / f"t{number:03}.md").write_text(
-                "\n".join([*lines, f"- the sign of this customer is {number}", ""])
-            )
-            keys[f"t{number:03}"] = add_key(Path(folder) / "keys.json", f"t{number:03}")
+        for tenant, (rules, _) in made.items():
+            (profiles / f"{tenant}.md").write_text("".join(f"- {rule}\n" for rule in rules))
+            keys[tenant] = add_key(Path(folder) / "keys.json", tenant)
         keys["nobody"] = add_key(Path(folder) / "keys.json", "nobody")
-        asyncio.run(_measure(path, workflow.name, Path(folder), keys, requests, seconds, conversations))
+        said = {tenant: script for tenant, (_, script) in made.items()}
+        asyncio.run(_measure(path, Path(folder), keys, said, seconds, conversations))
 
 
 async def _measure(
-    path: Path, model: str, folder: Path, keys: dict[str, str], requests: list[str], seconds: float, conversations: int
+    path: Path,
+    folder: Path,
+    keys: dict[str, str],
+    scripts: Mapping[str, Sequence[Message]],
+    seconds: float,
+    conversations: int,
 ) -> None:
     console = Console()
     server = Running(path, folder / "keys.json", folder / "profiles")
-    callers = Callers(server.root, model, keys, requests)
-    served = [tenant for tenant in keys if tenant != "nobody"]
-    for tenant in track(served, "what each must be told", console=Console(stderr=True)):
-        for request in range(len(requests)):
-            callers.expected[tenant, request] = await callers.conversation(tenant, request) or []
-    pairs = list(combinations(served, 2))
-    apart = sum(callers.expected[one, 0] != callers.expected[two, 0] for one, two in pairs) / len(pairs)
+    callers, served = Callers(server.root, keys, scripts), list(scripts)
+    for tenant in track(served, "what each is told", console=Console(stderr=True)):
+        callers.expected[tenant] = await callers.conversation(tenant) or []
+    reading = sum(callers.signs(tenant, said)[0] > 0 for tenant, said in callers.expected.items())
     seen, began = Seen(), time.perf_counter()
 
     def over() -> bool:
@@ -242,14 +271,14 @@ async def _measure(
     quantiles = statistics.quantiles(seen.taken, n=100)
     table.add_row("turns answered", f"{len(seen.taken):,} ({len(seen.taken) / seconds:.1f} a second)")
     table.add_row("seconds a turn, p50, p95, p99", ", ".join(f"{quantiles[n - 1]:.2f}" for n in (50, 95, 99)))
-    table.add_row("pairs of tenants with different answers", f"{100 * apart:.1f}%")
+    table.add_row("tenants whose own sign was said, one at a time", f"{reading} of {len(served)}")
     for name, count in sorted(seen.counts.items()):
         table.add_row(name, f"{count:,}")
     half = [rss for when, rss in seen.rss if when > seconds / 2]
     table.add_row("MiB of the server: start, half time, end", f"{seen.rss[0][1]:.0f}, {half[0]:.0f}, {half[-1]:.0f}")
 
     last, stopping = Seen(), time.perf_counter()
-    asked = [asyncio.ensure_future(callers.conversation(tenant, 0, last)) for tenant in served[:conversations]]
+    asked = [asyncio.ensure_future(callers.conversation(tenant, last)) for tenant in served[:conversations]]
     await asyncio.sleep(1.0)
     server.process.send_signal(signal.SIGTERM)
     await asyncio.gather(*asked, return_exceptions=True)
@@ -265,9 +294,9 @@ async def _measure(
     server.process.wait()
     began = time.perf_counter()
     server = Running(path, folder / "keys.json", folder / "profiles")
-    again = Callers(server.root, model, keys, requests)
-    said = await again.conversation(served[0], 0)
-    right = "right" if said == callers.expected[served[0], 0] else "WRONG"
+    again = Callers(server.root, keys, scripts)
+    said = await again.conversation(served[0])
+    right = "as before" if said == callers.expected[served[0]] else "DIFFERENT"
     table.add_row("kill -9 and a new server: seconds to a first answer", f"{time.perf_counter() - began:.1f}, {right}")
     server.process.terminate()
     server.process.wait()
