@@ -80,12 +80,12 @@ class Seen:
 class Running:
     """A server in a process of its own."""
 
-    def __init__(self, agent: Path, keys: Path, profiles: Path) -> None:
+    def __init__(self, agent: Path, keys: Path, profiles: Path, options: Sequence[str] = ()) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [Path(sys.executable).with_name("engrain"), "serve", agent, "--keys", keys, "--tenants", profiles]
-        self.process = subprocess.Popen([*map(str, command), "--port", str(self.port), "--parallel", "16"])
+        self.process = subprocess.Popen([*map(str, command), "--port", str(self.port), "--parallel", "16", *options])
         self.root = f"http://127.0.0.1:{self.port}"
         began = time.perf_counter()
         while not self._ready():
