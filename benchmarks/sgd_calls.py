@@ -29,7 +29,9 @@ from rich.progress import track
 from rich.table import Table
 from sgd_rewordings import Rewording
 
+from engrain.adapter import Adapter
 from engrain.agent import MANIFEST, load_agent
+from engrain.context import Context
 from engrain.dataset import import_file
 from engrain.engine import Engine, Request
 from engrain.files import replacing
@@ -37,6 +39,7 @@ from engrain.formats.sgd import read_services, schema_beside
 from engrain.model import Base, load_base
 from engrain.renderer import Renderer
 from engrain.score import Interval, matches
+from engrain.sections import tool_section
 from engrain.tool import Tool
 from engrain.trajectory import Message, ToolCall, Trajectory
 
@@ -54,6 +57,9 @@ class Turn:
     sources: dict[str, Source]
 
 
+Read = Callable[[Turn, Turn], Sequence[dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Arm:
     """A model under test. Models load when their turn comes, and one at a time is in memory."""
@@ -62,6 +68,10 @@ class Arm:
     load: Callable[[], Base]
     renderer: Callable[[], Renderer]
     tools_in_prompt: bool = False
+    adapters: Callable[[Base], Callable[[Context], Adapter]] | None = None
+    """Of a hypernetwork that reads schemas."""
+    read: Read = lambda turn, other: ()
+    """What that reads, of a turn or of one with other services."""
 
 
 def load_arms(path: Path) -> dict[str, Arm]:
@@ -71,8 +81,15 @@ def load_arms(path: Path) -> dict[str, Arm]:
         arms = [
             Arm("base", agent.load_base, lambda: agent.renderer),
             Arm("base+tools", agent.load_base, lambda: agent.renderer, tools_in_prompt=True),
-            Arm("compiled", agent.load, lambda: agent.renderer, bool(agent.manifest.config.get("keep_tools"))),
         ]
+        if agent.manifest.kind == "hypernetwork":
+            arms += [
+                Arm(name, agent.load_base, lambda: agent.renderer, adapters=agent.adapters, read=read)
+                for name, read in READ.items()
+            ]
+        else:
+            kept = bool(agent.manifest.config.get("keep_tools"))
+            arms.append(Arm("compiled", agent.load, lambda: agent.renderer, kept))
     else:
         base = load_base(path)
         arms = [
@@ -80,6 +97,14 @@ def load_arms(path: Path) -> dict[str, Arm]:
             Arm("base+tools", lambda: base, lambda: Renderer(base.tokenizer), tools_in_prompt=True),
         ]
     return {arm.name: arm for arm in arms}
+
+
+READ: dict[str, Read] = {
+    "compiled": lambda turn, other: turn.history.tool_schemas(),
+    "another's schemas": lambda turn, other: other.history.tool_schemas(),
+    "no schemas": lambda turn, other: (),
+}
+"""What a hypernetwork reads, by arm: its controls see whether it reads at all."""
 
 
 def gold_turns(trajectory: Trajectory) -> list[Turn]:
@@ -141,10 +166,15 @@ def decode(arm: Arm, turns: Sequence[Turn], *, parallel: int, max_new: int, max_
     base, renderer = arm.load(), arm.renderer()
     limit = min(max_context, getattr(base.model.config, "max_position_embeddings", max_context))
     engine = Engine(base.model, renderer, base.tokenizer, parallel=parallel, max_context=limit)
+    adapter_of = arm.adapters(base) if arm.adapters is not None else None
     requests: dict[int, Request] = {}
     for number, turn in enumerate(turns):
         shown = turn.history if arm.tools_in_prompt else turn.history.model_copy(update={"tools": "[]"})
-        request = Request(renderer.prompt(shown), renderer.grammar(offered(turn.history)), max_new, seed=str(number))
+        grammar, adapter = renderer.grammar(offered(turn.history)), None
+        if adapter_of is not None:
+            other = next((one for one in turns[number:] if one.history.tools != turn.history.tools), turns[0])
+            adapter = adapter_of(Context(tuple(map(tool_section, arm.read(turn, other)))))
+        request = Request(renderer.prompt(shown), grammar, max_new, seed=str(number), adapter=adapter)
         if len(request.prompt) + max_new <= limit:
             requests[number] = request
     started = time.perf_counter()
@@ -265,7 +295,10 @@ def main(
     train_schema: Annotated[Path | None, typer.Option(help="Default: train/schema.json beside the data.")] = None,
     services: Annotated[str, typer.Option(help="seen or unseen in training.")] = "seen",
     schemas: Annotated[str, typer.Option(help="original, or a rewording of SGD-X: v1 to v5.")] = "original",
-    arms: Annotated[str, typer.Option(help="base, base+tools, compiled; separated by commas.")] = "base,compiled",
+    arms: Annotated[
+        str,
+        typer.Option(help="base, base+tools, compiled; of a hypernetwork also another's schemas, no schemas."),
+    ] = "base,compiled",
     calls: Annotated[int, typer.Option(help="Call turns to score, drawn by --seed.")] = 1000,
     answers: Annotated[int, typer.Option(help="Answer turns to score for calls that should not be.")] = 300,
     results: Annotated[int, typer.Option(help="Rows that a tool result keeps; as in training.")] = 1,

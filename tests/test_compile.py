@@ -16,11 +16,12 @@ from engrain.adapter import delta_weight
 from engrain.agent import MANIFEST, find_base, load_agent
 from engrain.budget import Budget
 from engrain.compile import CompileConfig, compile_workflow
-from engrain.context import Section
+from engrain.context import Context, Section
 from engrain.errors import InputError, ModelError, WorkflowError
 from engrain.hypernetwork import load_hypernetwork, save_hypernetwork
 from engrain.policy import Episode
 from engrain.rollout import rollout
+from engrain.sections import tool_section
 from engrain.source import by_phase, compiled_form
 from engrain.trajectory import Message, ToolCall, Trajectory, read_trajectories, write_trajectories
 from engrain.work import work_directory
@@ -146,6 +147,32 @@ def test_a_hypernetwork_of_steps_swaps_adapters_between_phases(
         episode.phase = phase
         policy._request(episode)
     assert len(used) == len({adapter for _, adapter in used}) == len(workflow.phases) > 1
+
+
+def test_a_hypernetwork_of_tools_reads_the_schemas_of_each_run(
+    library: Path, runs: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    schemas = json.loads(load_workflow(library).schemas("full"))
+
+    def called(name: str) -> list[dict[str, Any]]:
+        return [{**schemas[0], "function": {**schemas[0]["function"], "description": name}}, *schemas[1:]]
+
+    def with_tools(run: Trajectory, described: str) -> Trajectory:
+        return run.model_copy(update={"tools": json.dumps(called(described))})
+
+    every, config = (
+        list(read_trajectories(runs)),
+        CompileConfig(tokens=6000, to="hypernetwork", contexts="tools", rank=2, batch_tokens=1024),
+    )
+    logs = tmp_path / "logs.jsonl"
+    write_trajectories(logs, every)
+    with pytest.raises(InputError, match="differ, got 1"):
+        compile_workflow(logs, tmp_path / "out", config, base=tiny_base)
+    write_trajectories(logs, (with_tools(run, ("Find.", "Look it up.")[n % 2]) for n, run in enumerate(every)))
+    agent = compile_workflow(logs, tmp_path / "out", config, base=tiny_base)
+    adapters, site = agent.adapters(agent.load_base()), "model.layers.0.self_attn.o_proj"
+    known, changed = (Context(tuple(map(tool_section, called(name)))) for name in ("Find.", "Seek a volume."))
+    assert not torch.equal(delta_weight(adapters(known), site), delta_weight(adapters(changed), site))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,12 +40,14 @@ from engrain.agent import (
     text_digest,
     tool_digest,
 )
+from engrain.context import Context
 from engrain.dataset import content_digest
 from engrain.errors import InputError, RenderError
 from engrain.files import replacing_directory
 from engrain.policy import ScriptTeacher
 from engrain.record import RecordReport, record
 from engrain.renderer import Rejected, Renderer, Row, render_dataset
+from engrain.sections import tool_section
 from engrain.source import Source, by_phase, compiled_form, given_trajectories, open_source
 from engrain.spent import Spent, stopwatch
 from engrain.trajectory import Trajectory, read_trajectories
@@ -53,7 +55,6 @@ from engrain.work import Work, work_directory
 
 if TYPE_CHECKING:
     from engrain.adapter import ConstantAdapter
-    from engrain.context import Context
     from engrain.hypernetwork import Hypernetwork
     from engrain.model import Base
     from engrain.train import TrainResult
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 
 PROBE = 64
 """Runs recorded first, to learn how many are needed."""
-FEWEST_TENANTS = 2
+FEWEST_CONTEXTS = 2
 """A hypernetwork that reads always the same context learns to ignore it."""
 Target = Literal["lora", "full", "hypernetwork"]
 LEARNING_RATES: dict[Target, float] = {"lora": 2e-3, "full": 5e-4, "hypernetwork": 1e-3}
@@ -88,9 +89,9 @@ class CompileConfig:
     least) for about 500 steps."""
     keep_tools: bool = False
     """When compiling from logs: leave the tool schemas in the prompt."""
-    contexts: Literal["tenant", "step"] = "tenant"
-    """What a hypernetwork reads: the tenant's rules; or with these the phase at hand and the tools that it allows. Then
-    each phase has an adapter of its own, and a row."""
+    contexts: Literal["tenant", "step", "tools"] = "tenant"
+    """What a hypernetwork reads: the tenant's rules; or with these the phase at hand and the tools that it allows, so
+    that each phase has an adapter of its own, and a row; or, from logs, the schemas of each run's tools."""
     activated: bool = False
     """The adapter acts on the agent's own turns only: what came before, the base has encoded for all adapters."""
     start: Path | None = None
@@ -100,8 +101,8 @@ class CompileConfig:
     def __post_init__(self) -> None:
         if self.to not in LEARNING_RATES:
             raise InputError(f"cannot compile to {self.to!r}: expected {', '.join(LEARNING_RATES)}")
-        if self.contexts not in ("tenant", "step"):
-            raise InputError(f"contexts are of a tenant or of a step, got {self.contexts!r}")
+        if self.contexts not in ("tenant", "step", "tools"):
+            raise InputError(f"contexts are of a tenant, of a step or of tools, got {self.contexts!r}")
         if self.activated and self.to == "full":
             raise InputError(
                 "all weights act on all tokens; activation is for adapters: compile to lora or hypernetwork"
@@ -236,10 +237,8 @@ def _render(source: Source, trajectories: Sequence[Trajectory], renderer: Render
     compiled = [compiled_form(one, source.workflow, keep_tools=config.keep_tools) for one in trajectories]
     workflow = source.workflow
     if config.to == "hypernetwork":
-        if workflow is None or len({one.tenant for one in compiled}) < FEWEST_TENANTS:
-            raise InputError(f"a hypernetwork needs runs of a workflow with {FEWEST_TENANTS} tenants or more, since it "
-                             "learns from how their rules differ; compile to lora instead")  # fmt: skip
-        rows, rejected = _with_contexts(renderer, compiled, workflow, config)
+        by_context = _by_context(trajectories, compiled, workflow, config)
+        rows, rejected = _with_contexts(renderer, by_context, config)
     else:
         rows, rejected = render_dataset(renderer, compiled, max_tokens=config.longest)
     if not rows:
@@ -259,17 +258,36 @@ def _render(source: Source, trajectories: Sequence[Trajectory], renderer: Render
     return Dataset(rows, compiled, list(schemas.values()), summary, "; ".join(sources))
 
 
-def _with_contexts(
-    renderer: Renderer, compiled: Sequence[Trajectory], workflow: Workflow, config: CompileConfig
-) -> tuple[list[Row], Rejected]:
-    if config.contexts == "tenant":
-        return render_dataset(
-            renderer, compiled, max_tokens=config.longest, context_of=lambda one: workflow.context(one.tenant)
-        )
+def _by_context(
+    trajectories: Sequence[Trajectory], compiled: Sequence[Trajectory], workflow: Workflow | None, config: CompileConfig
+) -> Mapping[Context, Sequence[Trajectory]]:
+    """What is trained on, by what a hypernetwork reads. Raises `InputError` if it could not learn from that."""
     by_context: dict[Context, list[Trajectory]] = defaultdict(list)
+    if config.contexts == "tools":
+        by_tools: dict[str, list[Trajectory]] = defaultdict(list)
+        for before, one in zip(trajectories, compiled, strict=True):
+            by_tools[before.tools].append(one)
+        for tools, parts in by_tools.items():
+            by_context[Context(tuple(map(tool_section, json.loads(tools))))] += parts
+        if len(by_context) < FEWEST_CONTEXTS:
+            raise InputError(f"a hypernetwork of tools needs runs with {FEWEST_CONTEXTS} sets of tools or more and "
+                             f"learns from how they differ, got {len(by_context)}; or compile to lora")  # fmt: skip
+        return by_context
+    if workflow is None or len({one.tenant for one in compiled}) < FEWEST_CONTEXTS:
+        raise InputError(f"a hypernetwork needs runs of a workflow with {FEWEST_CONTEXTS} tenants or more, since it "
+                         "learns from how their rules differ; compile to lora instead")  # fmt: skip
     for one in compiled:
+        if config.contexts == "tenant":
+            by_context[workflow.context(one.tenant)].append(one)
+            continue
         for phase, part in by_phase(one, workflow):
             by_context[workflow.step_context(one.tenant, phase)].append(part)
+    return by_context
+
+
+def _with_contexts(
+    renderer: Renderer, by_context: Mapping[Context, Sequence[Trajectory]], config: CompileConfig
+) -> tuple[list[Row], Rejected]:
     rows, rejected = list[Row](), Rejected()
     for context, parts in by_context.items():
         made, left_out = render_dataset(

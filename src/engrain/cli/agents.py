@@ -26,10 +26,11 @@ WorkflowPath = Annotated[Path | None, typer.Option("--workflow", help="The tools
 
 
 class Contexts(StrEnum):
-    """The tenant's rules; or with them, at each step, the phase at hand and its tools."""
+    """The tenant's rules; or with them, at each step, the phase at hand and its tools; or, from logs, a run's tools."""
 
     tenant = "tenant"
     step = "step"
+    tools = "tools"
 
 
 class DType(StrEnum):
