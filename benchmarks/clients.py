@@ -87,7 +87,10 @@ def by_official(place: Place, flow: Workflow, tasks: list[Task], key: str) -> tu
 
 def by_inspect(place: Place, flow: Workflow, tasks: list[Task], key: str, logs: str) -> tuple[int, int]:
     """The same, as Inspect counts."""
-    model = get_model(f"openai-api/engrain/{place.model(tasks[0].tenant)}", base_url=place.url, api_key=key)
+    # Inspect asks for strict tools, which vLLM hands to its guidance backend in a form that this does not read
+    model = get_model(
+        f"openai-api/engrain/{place.model(tasks[0].tenant)}", base_url=place.url, api_key=key, strict_tools=False
+    )
     samples = [Sample(id=one.id, input=one.request, metadata={"task": one.model_dump()}) for one in tasks]
     task = InspectTask(dataset=MemoryDataset(samples), solver=run(flow, "none"), scorer=goal())
     (log,) = inspect_eval(task, model=model, display="none", log_dir=logs)

@@ -1,10 +1,10 @@
 """`engrain serve` under load: many conversations of many tenants, with callers that misbehave among them.
 
 Tenants of a clinic, new to the agent, whose fee for a missed visit is a number that no other has: the sign by which an
-answer shows whose it is. Each asks for something that ends with that fee; a conversation is the teacher's, up to every
-turn that the agent must take. What it says there is written down beforehand, one after the other, by the same server;
-under load every answer is compared with that and searched for signs. Then SIGTERM comes while all are talking: whatever
-was accepted must be answered. Last a kill -9, and how long a new server takes until it answers.
+answer shows whose it is. Each asks for something that ends with that fee; a conversation is the teacher's, up to each
+of its last turns, which the agent must take. What it says there is written down beforehand, one after the other, by the
+same server; under load every answer is compared with that and searched for signs. Then SIGTERM comes while all are
+talking: whatever was accepted must be answered. Last a kill -9, and how long a new server takes until it answers.
 
     python benchmarks/server_load.py AGENT [--seconds 600]
 
@@ -45,7 +45,8 @@ from engrain.formats.openai import plain_message
 from engrain.keys import add_key
 from engrain.trajectory import Message
 
-MOST_TOKENS = 160
+TURNS, MOST_TOKENS = 2, 160
+"""Of a conversation, its last ones; and of a turn."""
 FEE, FIRST = "absence fee", 100
 """The rule that is a tenant's sign, and the first one's number; numbers that all have three digits."""
 SIGN = re.compile(rf"{WORLD.shown[FEE]}: (\d+)")
@@ -124,9 +125,8 @@ class Callers:
     async def conversation(self, tenant: str, seen: Seen | None = None) -> list[str] | None:
         """What was said at each of its turns; None if an answer never came."""
         script, said = self.scripts[tenant], []
-        for at, message in enumerate(script):
-            if message.role != "assistant":
-                continue
+        turns = [at for at, message in enumerate(script) if message.role == "assistant"]
+        for at in turns[-TURNS:]:
             messages = [plain_message(one) for one in script[:at]]
             began = time.perf_counter()
             try:

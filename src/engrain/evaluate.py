@@ -10,6 +10,7 @@ phases that there are.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -103,7 +104,7 @@ class Report:
                 f"{cell.score.steps:.1f}",
                 f"{cell.score.prompt_tokens:.0f}",
                 f"{cell.score.completion_tokens:.0f}",
-                f"{cell.latency.mean:.3f}",
+                "n/a" if math.isnan(cell.latency.mean) else f"{cell.latency.mean:.3f}",
                 str(cell.score.tasks),
             )
             for split in self.plan.splits
