@@ -45,7 +45,7 @@ from engrain.formats.openai import plain_message
 from engrain.keys import add_key
 from engrain.trajectory import Message
 
-TURNS, MOST_TOKENS = 2, 160
+TURNS, MOST_TOKENS = 2, 320
 """Of a conversation, its last ones; and of a turn."""
 FEE, FIRST = "absence fee", 100
 """The rule that is a tenant's sign, and the first one's number; numbers that all have three digits."""
