@@ -27,10 +27,11 @@ from inspect_ai.model import get_model
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
-from server_load import Running
+from server_load import Running, write_profile
 from worlds.workflow import tenants as drawn
 from worlds.workflow import workflow as flow_of
 
+from engrain.errors import EngrainError
 from engrain.formats.openai import plain_message
 from engrain.inspect_ai.task import goal, run
 from engrain.keys import add_key
@@ -86,7 +87,7 @@ def by_official(place: Place, flow: Workflow, tasks: list[Task], key: str) -> tu
 
 
 def by_inspect(place: Place, flow: Workflow, tasks: list[Task], key: str, logs: str) -> tuple[int, int]:
-    """The same, as Inspect counts."""
+    """The same, as Inspect counts. Raises `EngrainError` if Inspect gave up."""
     # Inspect asks for strict tools, which vLLM hands to its guidance backend in a form that this does not read
     model = get_model(
         f"openai-api/engrain/{place.model(tasks[0].tenant)}", base_url=place.url, api_key=key, strict_tools=False
@@ -95,7 +96,7 @@ def by_inspect(place: Place, flow: Workflow, tasks: list[Task], key: str, logs: 
     task = InspectTask(dataset=MemoryDataset(samples), solver=run(flow, "none"), scorer=goal())
     (log,) = inspect_eval(task, model=model, display="none", log_dir=logs)
     if log.status != "success" or not log.samples:
-        raise SystemExit(f"Inspect: {log.status} {log.error.message if log.error else ''}")
+        raise EngrainError(f"Inspect: {log.status} {log.error.message if log.error else ''}")
     reached = sum((one.scores or {})["goal"].value == "C" for one in log.samples)
     return reached, sum(message.role == "tool" for one in log.samples for message in one.messages)
 
@@ -118,11 +119,15 @@ def main(
                 flow = flow_of(WORLD, {tenant: rules})
                 tasks = list(islice(flow.tasks("held_out", 0), number))
                 key = place.admit(tenant, list(flow.tenants[tenant].rules))
-                if client == "openai":
-                    reached, calls = by_official(place, flow, tasks, key)
+                try:
+                    if client == "openai":
+                        reached, calls = by_official(place, flow, tasks, key)
+                    else:
+                        reached, calls = by_inspect(place, flow, tasks, key, f"{folder}/logs")
+                except EngrainError as error:
+                    table.add_row(place.name, client, f"gave up: {error}"[:200], "")
                 else:
-                    reached, calls = by_inspect(place, flow, tasks, key, f"{folder}/logs")
-                table.add_row(place.name, client, f"{reached} of {number}", f"{calls}")
+                    table.add_row(place.name, client, f"{reached} of {number}", f"{calls}")
             stop()
     Console().print(table)
 
@@ -131,12 +136,12 @@ def _ours(path: Path, folder: Path, profiles: Path | None, upstream: str) -> tup
     """`engrain serve`, started with one tenant that is not asked about."""
     own = profiles or folder / "profiles"
     own.mkdir(exist_ok=True)
-    keys = folder / f"keys{bool(upstream)}.json"
+    keys = folder / ("upstream.json" if upstream else "keys.json")
     add_key(keys, "first")
     server = Running(path, keys, own, ["--upstream", upstream] if upstream else [])
 
     def admit(tenant: str, rules: Sequence[str]) -> str:
-        _write(own, tenant, rules)
+        write_profile(own, tenant, rules)
         return add_key(keys, tenant)
 
     def stop() -> None:
@@ -149,14 +154,10 @@ def _ours(path: Path, folder: Path, profiles: Path | None, upstream: str) -> tup
 
 def _theirs(url: str, profiles: Path) -> tuple[Place, Callable[[], None]]:
     def admit(tenant: str, rules: Sequence[str]) -> str:
-        _write(profiles, tenant, rules)
+        write_profile(profiles, tenant, rules)
         return "none"
 
     return Place("vLLM with the plug-in", url, lambda tenant: f"{FAMILY}/{tenant}", admit), lambda: None
-
-
-def _write(profiles: Path, tenant: str, rules: Sequence[str]) -> None:
-    (profiles / f"{tenant}.md").write_text("".join(f"- {rule}\n" for rule in rules))
 
 
 if __name__ == "__main__":

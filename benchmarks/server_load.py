@@ -67,6 +67,10 @@ def scripts(tenants: int) -> dict[str, tuple[list[str], list[Message]]]:
     return found
 
 
+def write_profile(profiles: Path, tenant: str, rules: Sequence[str]) -> None:
+    (profiles / f"{tenant}.md").write_text("".join(f"- {rule}\n" for rule in rules))
+
+
 @dataclass
 class Seen:
     """What callers saw."""
@@ -233,7 +237,7 @@ def main(
         profiles, keys = Path(folder) / "profiles", {}
         profiles.mkdir()
         for tenant, (rules, _) in made.items():
-            (profiles / f"{tenant}.md").write_text("".join(f"- {rule}\n" for rule in rules))
+            write_profile(profiles, tenant, rules)
             keys[tenant] = add_key(Path(folder) / "keys.json", tenant)
         keys["nobody"] = add_key(Path(folder) / "keys.json", "nobody")
         said = {tenant: script for tenant, (_, script) in made.items()}

@@ -78,7 +78,8 @@ def runs(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def agent(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library compiled on the tiny base, hardly trained."""
-    from engrain.compile import CompileConfig, compile_workflow
+    from engrain.compile import compile_workflow
+    from engrain.compile_config import CompileConfig
 
     out = tmp_path_factory.mktemp("agent") / "agent"
     compile_workflow(library, out, CompileConfig(tokens=4000, rank=4, batch_tokens=1024), data=runs, base=tiny_base)
@@ -88,7 +89,8 @@ def agent(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.T
 @pytest.fixture(scope="session")
 def hyper_agent(library: Path, runs: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library compiled to a hypernetwork, hardly trained."""
-    from engrain.compile import CompileConfig, compile_workflow
+    from engrain.compile import compile_workflow
+    from engrain.compile_config import CompileConfig
 
     out = tmp_path_factory.mktemp("hyper_agent") / "agent"
     config = CompileConfig(tokens=3000, to="hypernetwork", rank=2, batch_tokens=1024)

@@ -15,7 +15,8 @@ from engrain.activated import activated
 from engrain.adapter import Adapter, load_peft, merge, save_peft
 from engrain.agent import load_agent
 from engrain.batch import collate
-from engrain.compile import CompileConfig, compile_workflow
+from engrain.compile import compile_workflow
+from engrain.compile_config import CompileConfig
 from engrain.engine import Engine, active_from
 from engrain.errors import EngrainError, ModelError, RenderError
 from engrain.model import PACKED, adapted, attention

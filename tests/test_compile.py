@@ -15,7 +15,8 @@ import torch
 from engrain.adapter import delta_weight
 from engrain.agent import MANIFEST, find_base, load_agent
 from engrain.budget import Budget
-from engrain.compile import CompileConfig, compile_workflow
+from engrain.compile import compile_workflow
+from engrain.compile_config import CompileConfig
 from engrain.context import Context, Section
 from engrain.errors import InputError, ModelError, WorkflowError
 from engrain.hypernetwork import load_hypernetwork, save_hypernetwork

@@ -113,6 +113,13 @@ def test_what_no_rule_bears_on_is_taught_by_the_base_itself(distilled: bool) -> 
     assert all(row.context for row in made) and all((row.choices is not None) == distilled for row in rest)
 
 
+def test_a_stage_keeps_its_share_of_rivals() -> None:
+    make, base = recipe(), load_base(bundled_base())
+    every, few = (make.taught(base, replace(data.STAGES[0], rivals=share), 1, 30_000, False) for share in (1.0, 0.2))
+    kept, of = (sum(row.rival is not None for row in rows) for rows in (few, every))
+    assert 0 < kept < 0.5 * of and [row.ids for row in few] == [row.ids for row in every]
+
+
 def test_it_goes_on_from_a_hypernetwork_at_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, base = recipe(), load_base(bundled_base())
     few = replace(data.STAGES[0], parts=1)

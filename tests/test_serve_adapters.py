@@ -10,7 +10,8 @@ import pytest
 from serving import served
 
 from engrain.agent import load_agent
-from engrain.compile import CompileConfig, compile_workflow
+from engrain.compile import compile_workflow
+from engrain.compile_config import CompileConfig
 from engrain.keys import Keys, add_key
 from engrain.service import Service
 from engrain.workflow import load_workflow

@@ -69,7 +69,8 @@ def compile_(
 ) -> None:
     """Compile a workflow into weights. Interrupted, the same command goes on."""
     from engrain.cli import terminal
-    from engrain.compile import CompileConfig, compile_workflow
+    from engrain.compile import compile_workflow
+    from engrain.compile_config import CompileConfig
     from engrain.work import work_directory
 
     terminal.quiet()
