@@ -83,7 +83,7 @@ def main(
         "words shuffled": [shuffled(lambda tenant, one=one: one, "", ()) for one in usual],
         "gibberish": [changed(one, gibberish) for one in usual],
     }
-    scores = {kind: [source.novelty(source.encoder, one) for one in contexts] for kind, contexts in kinds.items()}
+    scores = {kind: [source.novelty(source.features, one) for one in contexts] for kind, contexts in kinds.items()}
     threshold = float(source.novelty.threshold)
     table = Table("contexts", "number", "mean novelty", "AUROC", f"beyond {threshold:.2f}, %")
     for kind, found in scores.items():

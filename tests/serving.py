@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from engrain.keys import Everybody, Keys
-from engrain.serve import create_app
+from engrain.serve import Listener, create_app
 from engrain.service import Service
 from engrain.task import Task
 from engrain.workflow import Workflow
@@ -32,17 +32,24 @@ def served(service: Service, keys: Keys | Everybody) -> AbstractContextManager[s
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """An application's address, up to `/v1`."""
+    with listening(app) as (_, port):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[tuple[Listener, int]]:
+    """A server of an application, and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=30)
-    server = uvicorn.Server(config)
+    server = Listener(config, app, grace_s=0.3)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{port}/v1"
+        yield server, port
     finally:
         server.should_exit = True
         thread.join(60)

@@ -26,7 +26,7 @@ class Words:
     width, settings, inputs = 12, {"kind": "words"}, dict[str, int]()
     digest = "words"
 
-    def __call__(self, rules: Sequence[Rule]) -> Features:
+    def __call__(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
         return padded([torch.stack([self._word(word) for word in rule.text.split()]) for rule in rules], self.width)
 
     together = __call__

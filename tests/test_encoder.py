@@ -12,6 +12,7 @@ from models import ARCHITECTURES, tiny
 from templates import tokenizer
 from transformers import BertConfig, BertModel
 
+from engrain.adapter import Adapter
 from engrain.context import Rule
 from engrain.encoder import BaseEncoder, Cached, Features, MiniLMEncoder, open_encoder, padded
 from engrain.errors import InputError, ModelError
@@ -37,7 +38,7 @@ class Counting:
     def __init__(self, digest: str = "counting") -> None:
         self.digest, self.asked = digest, list[Rule]()
 
-    def __call__(self, rules: Sequence[Rule]) -> Features:
+    def __call__(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
         self.asked += rules
         return padded([torch.full((len(rule.text), 3), float(len(rule.kind))) for rule in rules], self.width)
 

@@ -12,7 +12,7 @@ import torch
 from models import tiny
 from transformers import PreTrainedTokenizerBase
 
-from engrain.adapter import unstack
+from engrain.adapter import Adapter, unstack
 from engrain.context import Context, Rule, Section
 from engrain.encoder import Features, padded
 from engrain.errors import InputError
@@ -34,7 +34,7 @@ class Words:
     settings: Mapping[str, Any] = {}
     inputs: Mapping[str, int] = {}
 
-    def __call__(self, rules: Sequence[Rule]) -> Features:
+    def __call__(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
         return padded([torch.stack([self._vector(word) for word in rule.text.split()]) for rule in rules], self.width)
 
     def _vector(self, word: str) -> torch.Tensor:

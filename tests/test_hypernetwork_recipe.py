@@ -122,7 +122,7 @@ def test_a_stage_keeps_its_share_of_rivals() -> None:
 
 def test_it_goes_on_from_a_hypernetwork_at_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, base = recipe(), load_base(bundled_base())
-    few = replace(data.STAGES[0], parts=1)
+    few = replace(data.STAGES[0], name="few")
     monkeypatch.setattr(make, "STAGES", (replace(few, name="before"), few))
     monkeypatch.setattr(make, "WATCHED", 2)
     monkeypatch.setattr(make, "tokens_of", lambda stage, of: of)

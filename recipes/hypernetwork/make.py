@@ -24,7 +24,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rules_apart import STAGES, UNRELATED, Stage, rows, tokens_of, unrelated
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "base"))
 
@@ -38,7 +37,7 @@ from engrain.context import Context
 from engrain.distil import with_choices
 from engrain.encoder import BaseEncoder, Cached
 from engrain.files import replacing
-from engrain.hypernetwork import SOURCES, WEIGHTS, load_hypernetwork, save_hypernetwork
+from engrain.hypernetwork import SOURCES, load_hypernetwork, read_weights, save_hypernetwork
 from engrain.learned import LearnedSource, Settings
 from engrain.model import PACKED, Base, adapted, attention, load_base, packed_hidden, sites
 from engrain.objective import output_logits
@@ -47,7 +46,7 @@ from engrain.train import TrainConfig, train
 
 UNSEEN = 9_000
 """Seeds from here on are of the tenants that are asked about after each stage."""
-LOOK_EVERY, WATCHED = 100, 30
+LOOK_EVERY, WATCHED = 250, 30
 """Steps between two looks at so many rows of unseen tenants, of other seeds than those that are reported."""
 ENOUGH = 0.95
 """Share of values right under the right rules that ends a stage early, but for the last."""
@@ -148,10 +147,11 @@ def taught(base: Base, stage: Stage, seed: int, tokens: int, distilled: bool) ->
 
 
 def go_on(source: LearnedSource, earlier: Mapping[str, torch.Tensor]) -> None:
-    """Give it the weights of one whose shared term may have a smaller rank: at first it says the same."""
+    """Give it the weights of one whose terms without context may have a smaller rank: at first it says the same."""
     own = source.state_dict()
     for name, weight in earlier.items():
-        part = own[name][tuple(map(slice, weight.shape))] if name.startswith("shared.") else own[name]
+        grows = name.startswith(("shared.", "reading."))
+        part = own[name][tuple(map(slice, weight.shape))] if grows else own[name]
         part.copy_(weight)
 
 
@@ -175,7 +175,8 @@ def main(
     rank: Annotated[int, typer.Option(help="of a context's term, in a kind that is not rule-wise")] = 8,
     shared_rank: Annotated[
         int, typer.Option(help="of the term without context, in which the base learns to use the others")
-    ] = 8,
+    ] = 64,
+    reading_rank: Annotated[int, typer.Option(help="of the term under which the base reads rules; 0: as it is")] = 32,
     width: int = 128,
     lr: float = 1e-3,
     seed: int = 0,
@@ -197,16 +198,17 @@ def main(
     loaded = load_base(base or bundled_base())
     renderer, encoder = Renderer(loaded.tokenizer), Cached(BaseEncoder(loaded))
     torch.manual_seed(seed)
-    source = SOURCES[kind](encoder, sites(loaded.model), Settings(rank=rank, shared_rank=shared_rank, width=width))
+    settings = Settings(rank=rank, shared_rank=shared_rank, reading_rank=reading_rank, width=width)
+    source = SOURCES[kind](encoder, sites(loaded.model), settings)
     if start is not None:
-        go_on(source, load_file(start / WEIGHTS))
+        go_on(source, read_weights(start))
     for stage in stages:
         folder = work / stage.name
         if not (folder / "done" / "hypernetwork.json").exists():
             budget = tokens_of(stage, tokens)
             config = TrainConfig(
                 tokens=budget,
-                batch_tokens=4096,
+                batch_tokens=stage.batch,
                 lr=lr,
                 final=0.1 if stage is STAGES[-1] else 1.0,  # a stage that ends early must not have slowed down before
                 seed=seed,

@@ -45,23 +45,25 @@ class Stage:
     """Share of drills among its rows; the rest are trajectories."""
     decisions: float
     """Share of decisions among its drills, as notes write them; the rest are rules asked for by name."""
-    disguised: float
-    """Share of worlds in other words than their family's."""
     kinds: tuple[int, int] = KINDS
     """Of requests in the worlds of its drills."""
-    rivals: float = 1.0
-    """Share of rows that keep their rival, which costs as much as the row: once the context is read, few are needed."""
+    disguised: float = DISGUISED
+    """Share of worlds in other words than their family's."""
+    rivals: float = 0.2
+    """Share of rows that keep their rival, which costs as much as the row."""
+    batch: int = 2048
+    """Tokens a step."""
     longest: int = 4096
 
 
 STAGES = (
-    Stage("few", 2, most_rules=8, drills=1.0, decisions=0.0, disguised=0.0, kinds=(1, 2)),
-    Stage("words", 2, most_rules=8, drills=1.0, decisions=0.0, disguised=DISGUISED, kinds=(1, 2)),
-    Stage("decisions", 6, most_rules=40, drills=1.0, decisions=0.8, disguised=DISGUISED, kinds=(1, 4), rivals=0.2),
-    Stage("tasks", 8, most_rules=40, drills=0.5, decisions=0.8, disguised=DISGUISED, kinds=(1, 4), rivals=0.2),
+    Stage("rules", 3, most_rules=16, drills=1.0, decisions=0.0, kinds=(1, 3)),
+    Stage("decisions", 4, most_rules=40, drills=1.0, decisions=0.3, kinds=(1, 4)),
+    Stage("tasks", 8, most_rules=40, drills=0.5, decisions=0.3, kinds=(1, 4), batch=4096),
 )
-"""In whole tasks a rule decides a line in dozens; drills in decisions are nothing but such lines. Drills in rules alone
-taught to give a rule's value wherever its name was read, be it in the step that asks for it."""
+"""In whole tasks a rule decides a line in dozens, in drills in decisions every line, and drills in rules alone are
+nothing but lookups, six times as many a token: they come first. Alone they teach to give a rule's value wherever its
+name is read, be it in the step that asks for it."""
 UNRELATED = 0.1
 """Share of rows that no rule bears on: what the base says of them should stay."""
 

@@ -7,6 +7,7 @@ adapter a context. On disk an adapter is an ordinary PEFT directory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -116,6 +117,17 @@ def delta_weight(adapter: Adapter, site: str) -> Float[Tensor, "*batch d_out d_i
     """The full matrix that the adapter adds to a site's weight."""
     a, b = adapter.factors[site]
     return lora_delta(torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), a, b, adapter.alpha, adapter.rank).mT
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """sha256 over the sites' names and factors, and the scale."""
+    total = hashlib.sha256(repr((adapter.alpha, adapter.rank, adapter.invocation)).encode())
+    for site, factors in adapter.factors.items():
+        total.update(site.encode())
+        for factor in factors:
+            total.update(repr((factor.dtype, tuple(factor.shape))).encode())
+            total.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def merge(model: nn.Module, adapter: Adapter) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,11 +24,12 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from engrain.adapter import Adapter, adapter_digest
 from engrain.context import Rule
 from engrain.errors import InputError, ModelError
 from engrain.exact import Exact
 from engrain.files import replacing
-from engrain.model import PACKED, Base, attention, base_digest, feeding, linear, taken_in
+from engrain.model import PACKED, Base, adapted, attention, base_digest, feeding, linear, taken_in
 from engrain.recent import Recent
 
 MOST_BYTES = 2**28
@@ -73,10 +74,13 @@ class Encoder(Protocol):
         """What `open_encoder` makes the same encoder from."""
         ...
 
-    def __call__(self, rules: Sequence[Rule], /) -> Features: ...
+    def __call__(self, rules: Sequence[Rule], /, adapter: Adapter | None = None) -> Features:
+        """What they read like to the base under an adapter, where the encoder is the base."""
+        ...
 
-    def together(self, rules: Sequence[Rule], /) -> Features:
-        """The same to rounding, faster for many rules: what training reads. Nothing of it is kept."""
+    def together(self, rules: Sequence[Rule], /, adapter: Adapter | None = None) -> Features:
+        """The same to rounding, faster for many rules: what training reads, and what an adapter is trained through.
+        Nothing of it is kept."""
         ...
 
 
@@ -110,12 +114,13 @@ class BaseEncoder:
             "kind": "base", "depths": list(depths), "longest": longest, "sites": list(sites)
         }  # fmt: skip
 
-    def __call__(self, rules: Sequence[Rule]) -> Features:
+    def __call__(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
         rows = [_ids(rule, self._base.tokenizer, self._longest) for rule in rules]
-        with _evaluating(self._base.model, "sdpa"):  # causal: no token sees the padding after it
+        # causal: no token sees the padding after it
+        with _evaluating(self._base.model, "sdpa"), _under(self._base.model, adapter):
             return _encode(rows, self._exact, self.width, lambda ids, mask: self._states(ids))
 
-    def together(self, rules: Sequence[Rule]) -> Features:
+    def together(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
         """All rules in one packed stream."""
         rows = [_ids(rule, self._base.tokenizer, self._longest) for rule in rules]
         if not rows:
@@ -123,7 +128,8 @@ class BaseEncoder:
         lengths = [len(row) for row in rows]
         stream = torch.tensor([[token for row in rows for token in row]])
         places = torch.cat([torch.arange(length) for length in lengths])[None].to(self._base.model.device)
-        with torch.no_grad(), _evaluating(self._base.model, PACKED):
+        through = adapter is not None and torch.is_grad_enabled()
+        with torch.set_grad_enabled(through), _evaluating(self._base.model, PACKED), _under(self._base.model, adapter):
             (states,) = self._states(stream, position_ids=places, lengths=lengths)
         return padded(states.split(lengths), self.width)
 
@@ -155,7 +161,7 @@ class MiniLMEncoder:
         self.digest = _sha256(["minilm", base_digest(path)])
         self.settings: Mapping[str, Any] = {"kind": "minilm", "longest": longest}
 
-    def __call__(self, rules: Sequence[Rule]) -> Features:
+    def __call__(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
         rows = [_ids(rule, self._tokenizer, self._longest) for rule in rules]
         return _encode(rows, self._exact, self.width, self._states)
 
@@ -174,40 +180,51 @@ class Cached:
     def __init__(self, encoder: Encoder, folder: Path | None = None) -> None:
         self._encoder, self._folder = encoder, folder
         self._known = Recent[Tensor](MOST_BYTES, lambda states: states.nbytes)
+        self._under: tuple[list[tuple[int, int]], str] = [], ""
         self.width, self.inputs = encoder.width, encoder.inputs
         self.digest, self.settings = encoder.digest, encoder.settings
 
-    def __call__(self, rules: Sequence[Rule]) -> Features:
-        found = {rule: states for rule in dict.fromkeys(rules) if (states := self._find(rule)) is not None}
+    def __call__(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
+        reader = self._reader(adapter)
+        found = {rule: states for rule in dict.fromkeys(rules) if (states := self._find(rule, reader)) is not None}
         new = [rule for rule in dict.fromkeys(rules) if rule not in found]
-        for rule, states in zip(new, self._encoder(new).rows() if new else (), strict=True):
+        for rule, states in zip(new, self._encoder(new, adapter).rows() if new else (), strict=True):
             found[rule] = states
-            self._write(rule, states)
+            self._write(rule, reader, states)
         for rule, states in found.items():
-            self._known[rule.digest] = states
+            self._known[f"{reader} {rule.digest}"] = states
         return padded([found[rule] for rule in rules], self.width)
 
-    def together(self, rules: Sequence[Rule]) -> Features:
-        return self._encoder.together(rules)
+    def together(self, rules: Sequence[Rule], adapter: Adapter | None = None) -> Features:
+        return self._encoder.together(rules, adapter)
 
-    def _find(self, rule: Rule) -> Tensor | None:
+    def _reader(self, adapter: Adapter | None) -> str:
+        """Names the encoder under the adapter; told anew when the adapter's numbers have changed."""
+        if adapter is None:
+            return self.digest
+        made_of = [(factor.data_ptr(), factor._version) for factor in adapter.tensors()]
+        if self._under[0] != made_of:
+            self._under = made_of, _sha256([self.digest, adapter_digest(adapter)])
+        return self._under[1]
+
+    def _find(self, rule: Rule, reader: str) -> Tensor | None:
         """Its states, from memory or from disk."""
-        if rule.digest in self._known:
-            return self._known[rule.digest]
-        place = self._place(rule)
+        if (name := f"{reader} {rule.digest}") in self._known:
+            return self._known[name]
+        place = self._place(rule, reader)
         return _read(*place) if place is not None else None
 
-    def _write(self, rule: Rule, states: Tensor) -> None:
-        if (place := self._place(rule)) is not None:
+    def _write(self, rule: Rule, reader: str, states: Tensor) -> None:
+        if (place := self._place(rule, reader)) is not None:
             with replacing(place[0]) as file:
                 file.buffer.write(save({"states": states.cpu().contiguous()}, metadata=place[1]))
 
-    def _place(self, rule: Rule) -> tuple[Path, dict[str, str]] | None:
+    def _place(self, rule: Rule, reader: str) -> tuple[Path, dict[str, str]] | None:
         """The file of a rule's states, and what it must say of itself."""
         if self._folder is None:
             return None
-        name = _sha256([self.digest, rule.digest])
-        return self._folder / f"{name}.safetensors", {"encoder": self.digest, "rule": rule.digest}
+        name = _sha256([reader, rule.digest])
+        return self._folder / f"{name}.safetensors", {"encoder": reader, "rule": rule.digest}
 
 
 def open_encoder(settings: Mapping[str, Any], base: Base) -> Encoder:
@@ -254,6 +271,10 @@ def _ids(rule: Rule, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[i
             f"the {rule.kind} rule {rule.text!r:.60} is {len(ids)} tokens, expected 1 to {longest}; split the rule"
         )
     return list(ids)
+
+
+def _under(model: PreTrainedModel, adapter: Adapter | None) -> AbstractContextManager[None]:
+    return nullcontext() if adapter is None else adapted(model, adapter)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engrain.adapter import Adapter, Factors
+from engrain.adapter import Adapter, ConstantAdapter, Factors
 from engrain.context import Context, Rule
 from engrain.encoder import Cached, Encoder, Features, open_encoder
 from engrain.errors import ModelError
@@ -38,10 +38,10 @@ from engrain.layers import Associations, Reader
 from engrain.learned import LearnedSource, Settings, Sites, distinct_rules
 from engrain.model import Base
 
-SCHEMA = "engrain.hypernetwork/1"
+SCHEMA = "engrain.hypernetwork/2"
 MOST_RULES = 1000
 """Whose tokens tell what is usual at a site."""
-HEAD, WEIGHTS = "hypernetwork.json", "hypernetwork.safetensors"
+HEAD, WEIGHTS, MEASURED = "hypernetwork.json", "hypernetwork.safetensors", "measured.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Hypernetwork(LearnedSource):
         super().__init__(encoder, sites, settings)
         self.reader = Reader(2 * self.read, self.settings.width, self.settings.layers)
         self._exact = Exact()
+        rank = self.settings.reading_rank if encoder.inputs else 0  # an encoder that is not the base reads as it does
+        self.reading = ConstantAdapter(sites, rank) if rank else None
         own = {site: sites[site] for site in encoder.inputs or sites}
         self.heads = Associations(own, encoder.inputs, self.read, self.settings.width)
 
@@ -88,6 +90,9 @@ class Hypernetwork(LearnedSource):
             return
         states = torch.cat(self.encoder.together(rules[:: math.ceil(len(rules) / MOST_RULES)]).rows())
         self.heads.whiten(self._inputs(states))
+
+    def _reading(self) -> Adapter | None:
+        return self.reading() if self.reading is not None else None
 
     def terms(self, rules: Sequence[Rule]) -> Terms:
         """One for each rule.
@@ -167,11 +172,16 @@ def save_hypernetwork(path: Path, module: LearnedSource, base: Base, dtype: torc
     }
     with replacing_directory(path) as aside:
         try:
-            tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
-            save_file(tensors, aside / WEIGHTS)
+            for name, tensors in {WEIGHTS: module.named_parameters(), MEASURED: module.named_buffers()}.items():
+                save_file({at: one.detach().to("cpu", dtype).contiguous() for at, one in tensors}, aside / name)
         except SafetensorError as error:
             raise OSError(f"{WEIGHTS}: {error}") from error
         (aside / HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """What was learnt and what was measured, by name. Raises `OSError` or `SafetensorError`."""
+    return load_file(path / WEIGHTS) | load_file(path / MEASURED)
 
 
 def load_hypernetwork(path: Path, base: Base, encoder: Encoder | None = None) -> LearnedSource:
@@ -198,7 +208,7 @@ def load_hypernetwork(path: Path, base: Base, encoder: Encoder | None = None) ->
         sites = {site: (int(d_in), int(d_out)) for site, (d_in, d_out) in head["sites"].items()}
         settings = {**head["settings"], "invocation": tuple(head["settings"].get("invocation", ()))}
         module = SOURCES[head["kind"]](encoder, sites, Settings(**settings))
-        module.load_state_dict(load_file(path / WEIGHTS))
+        module.load_state_dict(read_weights(path))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot read the hypernetwork ({type(error).__name__}: {error}); {again}") from error
     return module.eval()

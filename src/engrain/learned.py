@@ -28,6 +28,9 @@ class Settings:
     shared_rank: int = 8
     width: int = 128
     layers: int = 2
+    reading_rank: int = 32
+    """Rule-wise: of the term under which the base reads rules, which so learns to read them as they are looked up; 0
+    reads them with the base as it is."""
     strength: float = 2.0
     """alpha / rank of every adapter, however many rules it has."""
     invocation: tuple[int, ...] = ()
@@ -50,8 +53,8 @@ class LearnedSource(nn.Module):
         """One adapter a context, in a leading batch dimension."""
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter once: `trunk`, `heads` (to be clipped by themselves) and `shared`."""
-        groups: dict[str, list[nn.Parameter]] = {"trunk": [], "heads": [], "shared": []}
+        """Every parameter once, by what is clipped together: `trunk`, `heads`, `shared` and `reading`."""
+        groups: dict[str, list[nn.Parameter]] = {"trunk": [], "heads": [], "shared": [], "reading": []}
         for name, parameter in self.named_parameters():
             part = name.split(".")[0]
             groups[part if part in groups else "trunk"].append(parameter)
@@ -62,15 +65,20 @@ class LearnedSource(nn.Module):
 
     def learnt_from(self, contexts: Sequence[Context]) -> None:
         """Tell a trained source what it was trained on, for `strange`."""
-        self.novelty.fit(self.encoder, contexts)
+        self.novelty.fit(self.features, contexts)
 
     def strange(self, context: Context) -> str:
         """Why this context should not be left to an adapter; empty if it may be."""
-        score, threshold = self.novelty(self.encoder, context), float(self.novelty.threshold)
+        score, threshold = self.novelty(self.features, context), float(self.novelty.threshold)
         return f"novelty {score:.2f} is over {threshold:.2f}" if score > threshold else ""
 
     def features(self, rules: Sequence[Rule]) -> Features:
-        return (self.encoder.together(rules) if self.training else self.encoder(rules)).to(self._device())
+        read = self.encoder.together if self.training else self.encoder
+        return read(rules, self._reading()).to(self._device())
+
+    def _reading(self) -> Adapter | None:
+        """What the encoder reads under."""
+        return None
 
     def words(self, rules: Sequence[Rule]) -> Features:
         """Features without the inputs of sites."""

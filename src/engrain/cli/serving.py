@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def serve(
     try:
         import uvicorn
 
-        from engrain.serve import create_app
+        from engrain.serve import Listener, create_app
     except ImportError as error:
         raise InputError("engrain serve needs more packages; install: pip install 'engrain[serve]'") from error
     from engrain.agent import load_agent
@@ -53,7 +54,10 @@ def serve(
     terminal.quiet()
     service = Service(loaded, source, tenants, parallel, waiting, upstream=upstream)
     terminal.note(f"{service.name} at http://{host}:{port}/v1")
-    uvicorn.run(create_app(service, callers), host=host, port=port, log_level="warning", timeout_graceful_shutdown=300)
+    app = create_app(service, callers)
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=300)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises anew after its graceful end
+        Listener(config, app).run()
 
 
 def key(

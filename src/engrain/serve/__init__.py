@@ -10,5 +10,6 @@ Invariant: a key names the tenant; no field of a request does.
 """
 
 from engrain.serve.app import create_app
+from engrain.serve.listener import Listener
 
-__all__ = ["create_app"]
+__all__ = ["Listener", "create_app"]

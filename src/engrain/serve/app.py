@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engrain.keys import Caller, Everybody, Keys
 from engrain.serve import adapters, chat, responses, runs
+from engrain.serve.listener import LastAnswers, is_closing
 from engrain.serve.refused import Refused
 from engrain.serve.server import Server
 from engrain.serve.telemetry import Counted
@@ -48,17 +49,16 @@ class Bounded:
 
 def create_app(service: Service, keys: Keys | Everybody) -> FastAPI:
     """The server of one agent."""
-    server, ready = Server(service, keys), True
+    server = Server(service, keys)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        nonlocal ready
         yield
-        ready = False
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="Engrain", lifespan=life, openapi_url=None)
     app.add_middleware(Bounded)
+    app.add_middleware(LastAnswers)
     app.add_middleware(Counted, telemetry=server.telemetry)
     for part in (chat, responses, runs, adapters):
         app.include_router(part.routes(server))
@@ -88,9 +88,11 @@ def create_app(service: Service, keys: Keys | Everybody) -> FastAPI:
 
     @app.get("/readyz", response_model=None)
     async def is_ready() -> Response:
-        if ready and service.has_room():
+        if is_closing(app):
+            return JSONResponse({"status": "closing"}, 503)
+        if service.has_room():
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "busy" if ready else "closing"}, 503)
+        return JSONResponse({"status": "busy"}, 503)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
