@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from engrain.agent import bundled_base
+from engrain.agent import BUNDLED_HYPERNETWORK, bundled_base
 from engrain.context import Context, Section
 from engrain.model import load_base
 from engrain.renderer import Renderer
@@ -154,3 +154,12 @@ def test_a_wider_shared_term_says_the_same_at_first() -> None:
         torch.testing.assert_close(after.factors[site].b @ after.factors[site].a, b @ a, rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError):
         make.go_on(narrow, wide.state_dict())
+
+
+def test_the_bundled_hypernetwork_knows_the_rules_it_has_read_and_no_others() -> None:
+    make, base = recipe(), load_base(bundled_base())
+    assert all(file.stat().st_size <= 16e6 for file in BUNDLED_HYPERNETWORK.iterdir())
+    source = make.load_hypernetwork(BUNDLED_HYPERNETWORK, base)
+    rows, _ = make.unseen(Renderer(base.tokenizer), replace(data.STAGES[0], most_rules=8), 10, seed=make.UNSEEN + 7)
+    right, edited = (make.values_right(base, source, rows, make.ARMS[arm]) for arm in ("right", "edited"))
+    assert right >= 0.7 and edited <= 0.3

@@ -167,6 +167,33 @@ def show(found: Found, title: str) -> None:
     Console(stderr=True).print(table)
 
 
+def card(stages: Sequence[Stage], work: Path, base: Base, source: LearnedSource, seed: int) -> str:
+    """What a hypernetwork was made from, and what it did after each stage."""
+    lines = [
+        "---\nlicense: apache-2.0\n---\n# A hypernetwork for the bundled base\n",
+        "It reads a tenant's rules and writes a LoRA adapter with which the base knows them, none in its prompt.",
+        "Made by `recipes/hypernetwork/make.py` on drills and trajectories of the worlds of `recipes/worlds`; families",
+        "in `held_out.txt` there were never seen.\n",
+        f"- base: {base.digest}",
+        f"- settings: {json.dumps(asdict(source.settings))}",
+        f"- seed: {seed}",
+        *(f"- stage `{stage.name}`: {json.dumps(asdict(stage))}" for stage in stages),
+    ]
+    for stage in stages:
+        held = json.loads((work / stage.name / "result.json").read_text())
+        minutes = held["seconds"] / 60
+        lines += [
+            f"\n## {stage.name}: {held['tokens']:,} tokens, {held['steps']} steps, {minutes:.0f} minutes, "
+            f"{held['loss']:.3f} nats\n",
+            f"| % right | {' | '.join(ARMS)} | base alone | prompted |",
+            f"|---|{'---|' * (len(ARMS) + 2)}",
+        ]
+        for asked, shares in held["found"].items():
+            cells = (f"{100 * shares[arm]:.1f}" if arm in shares else "" for arm in (*ARMS, "base alone", "prompted"))
+            lines.append(f"| {asked} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     out: Annotated[Path, typer.Option("-o", help="where the hypernetwork goes")],
     base: Annotated[Path | None, typer.Option(help="another base than the bundled one")] = None,
@@ -234,6 +261,8 @@ def main(
         held = json.loads((folder / "result.json").read_text())
         show(held["found"], f"{stage.name}: {held['tokens']:,} tokens, {held['loss']:.3f} nats, % right")
     save_hypernetwork(out, source, loaded, torch.bfloat16)
+    with replacing(out / "README.md") as file:
+        file.write(card(stages, work, loaded, source, seed))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ Never of the families that are held out, nor of the support desk.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from worlds.drills import drills, edited_drills
 from worlds.trajectories import Depths, edited_trajectories
 
 PROFILE = "\n\nRules of "
-PER_SEED = 60
+PER_SEED, PROCESSES = 60, 2
 DEPTHS = Depths(full=0.4, part=0.6, small=0.7, many=0.3)
 """Of whole tasks: short prompts before many turns, for most of a prompt teaches nothing."""
 
@@ -116,29 +119,54 @@ def _told(trajectory: Trajectory) -> tuple[Trajectory, Context] | None:
     return pair if pair is not None and pair[1].rules else None
 
 
-def rows(
-    renderer: Renderer, stage: Stage, seed: int, tokens: int, families: tuple[str, ...] = TRAINED
-) -> tuple[list[Row], list[Row]]:
+Rows = tuple[list[Row], list[Row]]
+
+
+def rows(renderer: Renderer, stage: Stage, seed: int, tokens: int, families: tuple[str, ...] = TRAINED) -> Rows:
     """Rows with contexts, about so many tokens of them, and the same with the rules in the prompt.
 
     Where an edit of a rule matters, a row has it as its rival.
     """
     made, prompted = list[Row](), list[Row]()
-    held = 0
-    for number in count():
-        for example in examples(stage, seed * 100_000 + number, PER_SEED, families):
-            if len(example.context.rules) > stage.most_rules:
-                continue
-            row = _rendered(renderer, example.trajectory, example.context)
-            if example.edited is not None:
-                row = contrasted(row, _rendered(renderer, *example.edited))
-            if len(row.ids) <= stage.longest:
-                made.append(row)
-                prompted.append(_rendered(renderer, example.prompted))
-                held += len(row.ids)
-        if held >= tokens:
-            return made, prompted
+    held, part = 0, partial(_rows, renderer, stage, seed, families)
+    forked = multiprocessing.get_context("fork")  # which hands over what cannot be pickled, such as a renderer
+    with ProcessPoolExecutor(PROCESSES, forked, _Part.hold, (part,)) as pool:
+        for first in count(step=2 * PROCESSES):
+            for own, whole in pool.map(_Part.make, range(first, first + 2 * PROCESSES)):
+                made += own
+                prompted += whole
+                held += sum(len(row.ids) for row in own)
+                if held >= tokens:
+                    return made, prompted
     raise AssertionError("there are seeds without end")
+
+
+class _Part:
+    """What a process makes."""
+
+    rows: Callable[[int], Rows]
+
+    @classmethod
+    def hold(cls, rows: Callable[[int], Rows]) -> None:
+        cls.rows = staticmethod(rows)
+
+    @classmethod
+    def make(cls, number: int) -> Rows:
+        return cls.rows(number)
+
+
+def _rows(renderer: Renderer, stage: Stage, seed: int, families: tuple[str, ...], number: int) -> Rows:
+    made, prompted = list[Row](), list[Row]()
+    for example in examples(stage, seed * 100_000 + number, PER_SEED, families):
+        if len(example.context.rules) > stage.most_rules:
+            continue
+        row = _rendered(renderer, example.trajectory, example.context)
+        if example.edited is not None:
+            row = contrasted(row, _rendered(renderer, *example.edited))
+        if len(row.ids) <= stage.longest:
+            made.append(row)
+            prompted.append(_rendered(renderer, example.prompted))
+    return made, prompted
 
 
 def unrelated(renderer: Renderer, seed: int, contexts: Sequence[Context]) -> list[Row]:

@@ -49,6 +49,8 @@ GOLDEN = "golden.jsonl"
 TOOLS = "tools.json"
 HYPERNETWORK = "hypernetwork"
 BUNDLED = Path(__file__).parent / "base"
+BUNDLED_HYPERNETWORK = Path(__file__).parent / "base_hypernetwork"
+"""Of the bundled base, by `recipes/hypernetwork`."""
 LONGEST_CONTEXT = 32768
 
 
@@ -268,6 +270,16 @@ def bundled_base() -> Path:
     if not BUNDLED.is_dir():
         raise ModelError("this copy of engrain has no bundled base; give one with --base, or make it with recipes/base")
     return BUNDLED
+
+
+def named_hypernetwork(place: Path) -> Path:
+    """A hypernetwork's directory; `bundled` is the one that comes with the package. Raises `ModelError` if there is
+    none in this copy of it."""
+    if place != Path("bundled"):
+        return place
+    if not BUNDLED_HYPERNETWORK.is_dir():
+        raise ModelError("this copy of engrain has no bundled hypernetwork; make one with recipes/hypernetwork")
+    return BUNDLED_HYPERNETWORK
 
 
 def find_base(agent: Path, base: BaseReference) -> Path:

@@ -61,13 +61,14 @@ def compile_(
     contexts: Annotated[Contexts, typer.Option(help="What a hypernetwork reads.")] = Contexts.tenant,
     activated: Annotated[bool, typer.Option("--activated", help="The adapter acts on the agent's turns only.")] = False,
     start: Annotated[
-        Path | None, typer.Option(help="A hypernetwork to go on from, or, with --tokens 0, to take.")
+        Path | None, typer.Option(help="A hypernetwork, or `bundled`, to go on from or, with --tokens 0, to take.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of recording and training.")] = 0,
     with_base: Annotated[bool, typer.Option("--with-base", help="Copy the base into the agent.")] = False,
     json: Json = False,
 ) -> None:
     """Compile a workflow into weights. Interrupted, the same command goes on."""
+    from engrain.agent import named_hypernetwork
     from engrain.cli import terminal
     from engrain.compile import compile_workflow
     from engrain.compile_config import CompileConfig
@@ -83,7 +84,7 @@ def compile_(
         keep_tools=keep_tools,
         contexts=contexts.value,
         activated=activated,
-        start=start,
+        start=named_hypernetwork(start) if start is not None else None,
         seed=seed,
         **chosen,
     )

@@ -110,7 +110,7 @@ def _listed(text: str) -> list[str]:
 
 
 def compare(
-    hypernetwork: Annotated[Path, typer.Argument(help="The directory of a hypernetwork.")],
+    hypernetwork: Annotated[Path, typer.Argument(help="The directory of a hypernetwork, or `bundled`.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for report and trajectories.")],
     base: Annotated[Path | None, typer.Option(help="Its base; by default the bundled one.")] = None,
     suite: Annotated[Path | None, typer.Option(help="By default recipes/worlds/contexts.py.")] = None,
@@ -126,14 +126,14 @@ def compare(
     """Measure a hypernetwork beside its controls, on unseen tenants. Interrupted, the same command goes on."""
     from engrain import compare as comparing
     from engrain import probe as probing
-    from engrain.agent import bundled_base
+    from engrain.agent import bundled_base, named_hypernetwork
     from engrain.cli import terminal
     from engrain.source import code_digest
 
     others = {name: Path(path) for name, _, path in (one.partition("=") for one in against or [])}
     place = _suite(suite, "contexts.py")
     terminal.quiet()
-    every = comparing.arms(hypernetwork, base or bundled_base(), others)
+    every = comparing.arms(named_hypernetwork(hypernetwork), base or bundled_base(), others)
     names = _listed(arms) or list(every)
     if unknown := [name for name in names if name not in every]:
         raise InputError(f"unknown arm {unknown[0]!r}; there are {', '.join(every)}")
