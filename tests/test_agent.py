@@ -8,7 +8,11 @@ from itertools import count, islice
 from pathlib import Path
 from random import Random
 
+import pytest
+
+from engrain import agent as agents
 from engrain.agent import load_agent
+from engrain.errors import ModelError
 from engrain.rollout import rollout
 from engrain.task import Task
 from engrain.trajectory import Trajectory
@@ -47,3 +51,11 @@ def test_the_committed_agent_serves_each_tenant_by_its_own_rules():
 
 def test_the_committed_agent_fits_in_a_repository():
     assert sum(file.stat().st_size for file in AGENT.rglob("*") if file.is_file()) < 16 * 2**20
+
+
+def test_a_hypernetwork_is_a_directory_or_the_bundled_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert agents.named_hypernetwork(tmp_path) == tmp_path
+    assert (agents.named_hypernetwork(Path("bundled")) / "hypernetwork.json").is_file()
+    monkeypatch.setattr(agents, "BUNDLED_HYPERNETWORK", tmp_path / "none")
+    with pytest.raises(ModelError, match="recipes/hypernetwork"):
+        agents.named_hypernetwork(Path("bundled"))
