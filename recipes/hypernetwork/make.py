@@ -37,7 +37,7 @@ from engrain.context import Context
 from engrain.distil import with_choices
 from engrain.encoder import BaseEncoder, Cached
 from engrain.files import replacing
-from engrain.hypernetwork import SOURCES, load_hypernetwork, read_weights, save_hypernetwork
+from engrain.hypernetwork import HEAD, SOURCES, load_hypernetwork, read_weights, save_hypernetwork
 from engrain.learned import LearnedSource, Settings
 from engrain.model import PACKED, Base, adapted, attention, load_base, packed_hidden, sites
 from engrain.objective import output_logits
@@ -227,6 +227,7 @@ def main(
     torch.manual_seed(seed)
     settings = Settings(rank=rank, shared_rank=shared_rank, reading_rank=reading_rank, width=width)
     source = SOURCES[kind](encoder, sites(loaded.model), settings)
+    new = start is None or json.loads((start / HEAD).read_text())["base"] != loaded.digest
     if start is not None:
         go_on(source, read_weights(start))
     for stage in stages:
@@ -248,7 +249,7 @@ def main(
             def look(step: int, model: PreTrainedModel, watched: list[Row] = watched) -> dict[str, float]:
                 return {name: values_right(loaded, source, watched, ARMS[name]) for name in ("right", "edited")}
 
-            if stage is stages[0]:
+            if stage is stages[0] and new:
                 source.prepare([row.context for row in made if row.context is not None])
             enough = partial(passed, stage)
             result = train(loaded, source.train(), made, config, folder, probe=look, enough=enough)
