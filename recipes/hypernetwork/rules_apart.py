@@ -65,8 +65,8 @@ STAGES = (
     Stage("tasks", 8, most_rules=40, drills=0.5, decisions=0.3, kinds=(1, 4), batch=4096),
 )
 """In whole tasks a rule decides a line in dozens, in drills in decisions every line, and drills in rules alone are
-nothing but lookups, six times as many a token: they come first. Alone they teach to give a rule's value wherever its
-name is read, be it in the step that asks for it."""
+nothing but lookups, several times as many a token: they come first. Alone they teach to give a rule's value wherever
+its name is read, be it in the step that asks for it."""
 UNRELATED = 0.1
 """Share of rows that no rule bears on: what the base says of them should stay."""
 

@@ -171,11 +171,11 @@ def save_hypernetwork(path: Path, module: LearnedSource, base: Base, dtype: torc
         "encoder": {"digest": module.encoder.digest, "settings": dict(module.encoder.settings)},
     }
     with replacing_directory(path) as aside:
-        try:
-            for name, tensors in {WEIGHTS: module.named_parameters(), MEASURED: module.named_buffers()}.items():
+        for name, tensors in {WEIGHTS: module.named_parameters(), MEASURED: module.named_buffers()}.items():
+            try:
                 save_file({at: one.detach().to("cpu", dtype).contiguous() for at, one in tensors}, aside / name)
-        except SafetensorError as error:
-            raise OSError(f"{WEIGHTS}: {error}") from error
+            except SafetensorError as error:
+                raise OSError(f"{name}: {error}") from error
         (aside / HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 
 
